@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether an sdist and a wheel hold what they should; one line for each fault, and exit code 1 if there is one.
+"""Check the contents of an sdist and a wheel; prints one line for each fault, and exits with 1 if there are any.
 
 python .ci/check_dist.py SDIST WHEEL_FROM_SDIST WHEEL_FROM_CHECKOUT
 """
@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-# what each wheel must hold besides code
+# files that each wheel must contain besides code
 NEEDED = (
     "aezoo/py.typed",
     "aezoo/data/files/mnist5k.npz",
@@ -21,12 +21,12 @@ NEEDED = (
     "aezoo/weights/vae.mnist/model.safetensors",
 )
 UNWANTED = re.compile(r"(^|/)(__pycache__|\.venv\S*|runs|build|\.git|\.pytest_cache)/|\.(pyc|part|orig|rej)$")
-# folders of the wheel; everything else of the repository is only in the sdist
+# folders of the wheel; other files of the repository are only in the sdist
 ROOMS = re.compile(r"aezoo/|aezoo-[^/]+\.dist-info/")
 
 
 def problems(sdist: Path, wheel: Path, direct: Path) -> list[str]:
-    """What is wrong with them, a line each.
+    """The faults of the files, one line each.
 
     Args:
         sdist: the .tar.gz.

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Whether this checkout can be tagged; one line for each thing to do, and exit code 1 if there is one.
+"""Check whether this checkout can be tagged; prints one line for each thing to do, and exits with 1 if any.
 
-    python .ci/check_release.py                    what must hold at any time
-    python .ci/check_release.py --tag v0.1.0       also what the owner fills in before this tag is made
+    python .ci/check_release.py                    requirements at any time
+    python .ci/check_release.py --tag v0.1.0       also those of this tag, which the owner fills in before
 
 Needs Python 3.11 and nothing else.
 """
@@ -26,7 +26,7 @@ FROM_INDEX = re.compile(r"""pip3? install (?:-{1,2}[\w-]+ )*['"`]?aezoo\b(?![\w/
 
 
 def texts(root: Path) -> Iterator[tuple[str, str]]:
-    """Name and content of each file of the repository that holds text."""
+    """Name and content of each text file of the repository."""
     files = [path for path in root.iterdir() if path.is_file()]
     for folder in FOLDERS:
         files += [path for path in (root / folder).rglob("*") if path.suffix in SUFFIXES and path.is_file()]
@@ -41,11 +41,11 @@ def captured(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def problems(root: Path, tag: str | None = None) -> list[str]:
-    """What keeps a checkout from being released, a line each.
+    """What prevents a release of a checkout, one line each.
 
     Args:
         root: the checkout.
-        tag: the tag to be made, such as v0.1.0; none checks only what holds between releases, too.
+        tag: the tag to be made, such as v0.1.0; None checks only the requirements at any time.
     """
     lines = []
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -83,7 +83,7 @@ def problems(root: Path, tag: str | None = None) -> list[str]:
 
 
 def main() -> int:
-    """Print the problems of the checkout that holds this file."""
+    """Print the problems of the checkout that contains this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tag", help="the tag to be made, such as v0.1.0")
     tag = parser.parse_args().tag

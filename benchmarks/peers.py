@@ -33,6 +33,7 @@ Each process is bound to as many cores as it has threads, because JAX would othe
     wall_samples_per_s  rows divided by the seconds from one epoch to the next, the mean over time. For the zoo this
                         adds validation on up to 500 rows (no other party validates), pictures, event files and
                         checkpoints; for Lightning's parties it adds checkpoints
+    outside_share       share of the time from one epoch to the next that samples_per_s leaves out
     ratio               samples_per_s divided by that of the loop in the same round, median over rounds
     round_rates         samples_per_s of each round
     first_step_s        from the start of the process to its first update, with compilers' caches as they are
@@ -239,6 +240,11 @@ def wall_rate(result: dict[str, Any]) -> float:
     return statistics.harmonic_mean(result["turns"][1:] or result["turns"])
 
 
+def outside_share(result: dict[str, Any]) -> float:
+    """Share of the time outside of training: 1 minus the ratio of `wall_rate` to the mean rate of the same epochs."""
+    return 1 - wall_rate(result) / statistics.harmonic_mean(result["rates"][1:] or result["rates"])
+
+
 def row(party: str, arguments: argparse.Namespace, runs: RunsFile) -> dict[str, Any]:
     """A party's row of the table."""
     turns = range(arguments.repeats)
@@ -265,6 +271,8 @@ def row(party: str, arguments: argparse.Namespace, runs: RunsFile) -> dict[str, 
         figures |= {"ratio": ratio.median, "ratio_min": ratio.low, "ratio_max": ratio.high}
     walls = [wall_rate(run) for run in finished if run["turns"]]
     figures["wall_samples_per_s"] = statistics.median(walls) if walls else None
+    shares = [outside_share(run) for run in finished if run["turns"]]
+    figures["outside_share"] = statistics.median(shares) if shares else None
     for name in ("first_step_s", "peak_rss_mb", "cores_used"):
         values = [run[name] for run in finished if run[name] is not None]
         figures[name] = statistics.median(values) if values else None
@@ -285,8 +293,8 @@ def row(party: str, arguments: argparse.Namespace, runs: RunsFile) -> dict[str, 
 
 COLUMNS = (
     *("party", "precision", "samples_per_s", "samples_per_s_min", "samples_per_s_max", "ratio", "ratio_min"),
-    *("ratio_max", "wall_samples_per_s", "first_step_s", "final_loss", "max_loss_gap", "tolerance", "agrees"),
-    *("parameters", "peak_rss_mb", "cores_used", "threads", "rows", "batch", "epochs", "repeats"),
+    *("ratio_max", "wall_samples_per_s", "outside_share", "first_step_s", "final_loss", "max_loss_gap", "tolerance"),
+    *("agrees", "parameters", "peak_rss_mb", "cores_used", "threads", "rows", "batch", "epochs", "repeats"),
     *("round_rates", "versions", "losses", "error"),
 )
 

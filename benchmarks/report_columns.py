@@ -118,6 +118,7 @@ PEERS = (
     *(words("party", "party"), words("precision", "precision")),
     spread("samples/s", "samples_per_s", "samples_per_s_min", "samples_per_s_max"),
     *(spread("ratio to the loop", "ratio", "ratio_min", "ratio_max"), figures("wall, samples/s", "wall_samples_per_s")),
+    figures("outside of training, %", "outside_share", 100, 2),
     *(figures("first step, s", "first_step_s", digits=3), figures("final loss", "final_loss")),
     *(figures("distance of loss curves, %", "max_loss_gap", 100, 2), figures("allowed, %", "tolerance", 100, 2)),
     *(words("agrees", "agrees"), figures("peak memory, MB", "peak_rss_mb"), words("threads", "threads")),

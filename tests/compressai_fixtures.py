@@ -1,11 +1,11 @@
-"""Small models of CompressAI with random weights, and what it computes with them.
+"""Small models of CompressAI with random weights, and their outputs.
 
     python tests/compressai_fixtures.py       with compressai 1.2.8, which needs numpy below 2, and safetensors
 
-writes to `tests/fixtures/compressai` the weights of each architecture by their names in CompressAI, a picture of
-squares of 4 x 4, and for it code, likelihoods, every fourth place of the output, and strings. Codes are at least
-`MARGIN` away from where rounding changes an integer, and scales from where they change a table, so that another order
-of sums gives the same strings. The tables of Gaussians, which all share, are in a separate file.
+writes to `tests/fixtures/compressai` the weights of each architecture by their names in CompressAI, an image of squares
+of 4 x 4, and for it code, likelihoods, every fourth value of the output, and strings. Codes are at least `MARGIN` away
+from where rounding changes an integer, and scales from where they change a table, so that another order of sums gives
+the same strings. The tables of Gaussians, which are the same for all, are in a separate file.
 """
 
 import warnings
@@ -44,7 +44,7 @@ KINDS = {
 
 
 class Margin:
-    """Least distances of what a model codes from where another integer or another table begins."""
+    """The least distances of coded values from rounding limits, and of scales from limits between tables."""
 
     def __init__(self, net: Any) -> None:
         self.least = np.inf
@@ -53,7 +53,7 @@ class Margin:
                 self.watch(model)
 
     def watch(self, model: Any) -> None:
-        """Measure whenever the model rounds, or chooses tables."""
+        """Measure each time the model rounds or selects tables."""
         quantize = model.quantize
 
         def quantised(inputs: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
@@ -72,13 +72,13 @@ class Margin:
             model.build_indexes = indexed
 
     def add(self, distances: Tensor) -> None:
-        """Note the least of some distances."""
+        """Keep the minimum of some distances."""
         if distances.numel():
             self.least = min(self.least, float(distances.min()))
 
 
 def drawn(name: str, seed: int) -> Any:
-    """A model whose weights are away from where they start, with wide codes and tables of its own."""
+    """A model with random offsets to its initial weights, wide codes and its own tables."""
     torch.manual_seed(seed)
     kind, sizes = KINDS[name]
     net = kind(*sizes).eval()
@@ -93,7 +93,7 @@ def drawn(name: str, seed: int) -> Any:
         if hasattr(net, "entropy_parameters"):
             net.entropy_parameters[-1].weight.mul_(3)
             net.context_prediction.weight.mul_(net.context_prediction.mask)
-    # tables of a narrower range than codes have, so that some are coded as numbers outside
+    # tables do not cover all codes, so that some are coded outside of them
     net.update(update_quantiles=True)
     with torch.no_grad():
         net.entropy_bottleneck.quantiles[:, :, 1] += 0.3
@@ -104,7 +104,7 @@ def drawn(name: str, seed: int) -> Any:
 
 
 def results(net: Any, x: Tensor) -> dict[str, Any]:
-    """What the model computes for one picture."""
+    """The model's outputs for one image."""
     coded = net.compress(x)
     forward = net(x)
     found: dict[str, Any] = {f"likelihoods_{key}": value for key, value in forward["likelihoods"].items()}
@@ -141,7 +141,7 @@ def main() -> None:
         save_file({key: value.contiguous() for key, value in tensors.items()}, FOLDER / f"{name}.safetensors")
         print(name, seed, margin.least, {key: len(value) for key, value in found.items() if "string" in key})
     cdf = gaussians.pop("_quantized_cdf")
-    # differences take less room
+    # differences are smaller when compressed
     np.savez_compressed(FOLDER / "gaussians.npz", frequencies=np.diff(cdf, axis=1).astype(np.int32), **gaussians)
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: few threads, since the suite itself runs in two processes."""
+"""Settings of all tests: few threads, since the tests run in two processes."""
 
 import functools
 import getpass
@@ -21,7 +21,7 @@ def _points_of(path, group):
 
 
 def _entry_points(**given):
-    """Each Trainer and each DataModule asks for them, and reading the files of all installed packages takes 10 ms."""
+    """Cache entry points: each Trainer and DataModule reads those of all installed packages, which takes 10 ms."""
     return _points_of(tuple(sys.path), **given) if given.keys() == {"group"} else _read_entry_points(**given)
 
 
@@ -46,17 +46,17 @@ collect_ignore = ["plugin"]
 
 
 def _processor() -> str:
-    """What torch uses of the processor, and a number that stands for its instruction sets."""
+    """The processor's capability by torch, and a hash of its instruction sets."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{torch.backends.cpu.get_cpu_capability()}-{zlib.crc32(flags.encode()):08x}"
 
 
-# inductor takes kernels for AVX2 and AVX512 from the same place in its cache, and those of the other crash the process
+# inductor caches kernels for AVX2 and AVX512 under the same key, and kernels of the wrong one crash the process
 _CACHE = Path(tempfile.gettempdir(), f"inductor-{getpass.getuser()}-{_processor()}")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_CACHE)
-# defaults depend on the weights that torch.hub has downloaded, see `features=auto`
+# defaults depend on the weights downloaded by torch.hub, see `features=auto`
 os.environ["TORCH_HOME"] = str(Path(tempfile.gettempdir(), "aezoo-tests-without-weights"))
 
 
@@ -73,12 +73,12 @@ def pytest_configure(config):
         config.pluginmanager.register(ParityRows(config.getoption("--parity")))
 
 
-# each keeps the stack of every torch.manual_seed for a device that never starts: 0.5 ms and 20 kB a call
+# each keeps the stack of every torch.manual_seed for a device that is never used: 0.5 ms and 20 kB per call
 for _device in (torch.cuda, torch.xpu, torch.mtia):
     if not _device.is_available():
         _device.manual_seed_all = lambda seed: None
 
-# Lightning sets them where it starts other ranks, and what then starts in this process takes itself for one of them
+# Lightning sets them when it starts other ranks; later tests in this process would run as one of these ranks
 _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -92,9 +92,9 @@ def _process_state():
     if logging.root.manager.disable:
         logging.disable(logging.NOTSET)
     for name in ("lightning.pytorch", "lightning.fabric"):
-        if logging.getLogger(name).level != logging.INFO:  # setting it clears the caches of all loggers
+        if logging.getLogger(name).level != logging.INFO:  # setting a level clears the caches of all loggers
             logging.getLogger(name).setLevel(logging.INFO)
-    # Lightning cuts its loggers off if the root has no handler when it is imported; others' settings disable them
+    # Lightning disables propagation if the root has no handler at import; other libraries disable its loggers
     for name in ("lightning", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).disabled = False
         logging.getLogger(name).propagate = True
@@ -105,10 +105,10 @@ _parsers_kept = []
 
 @pytest.fixture(autouse=True)
 def _parse_translations_once():
-    """Keep onnxscript's translations: parsing their source again for each export takes a third of its time."""
+    """Keep the parsed translations of onnxscript: parsing them for each export takes a third of its time."""
     if _parsers_kept or "onnxscript" not in sys.modules:
         return
-    # the module for this version of torch, once an export has imported it
+    # the module for this version of torch, after an export has imported it
     for name, module in [*sys.modules.items()]:
         parse = getattr(module, "get_torchlib_ops", None) if name.startswith("onnxscript._framework_apis") else None
         if parse is not None:
@@ -118,7 +118,7 @@ def _parse_translations_once():
 
 @pytest.fixture
 def speed_on(monkeypatch):
-    """For tests of speed itself: AEZOO_SPEED=off runs all others without it."""
+    """Enable `aezoo.speed` for its own tests, also if AEZOO_SPEED=off disables it for all others."""
     monkeypatch.delenv("AEZOO_SPEED", raising=False)
 
 
@@ -134,7 +134,7 @@ def _compile_by(backend, monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """torch.compile with a back end that compiles nothing; collects what it was asked for."""
+    """torch.compile with a back end that compiles nothing; collects the graphs it receives."""
     asked = []
 
     def backend(module, inputs):
@@ -147,7 +147,7 @@ def graphs(monkeypatch):
 
 @pytest.fixture
 def aot_graphs(monkeypatch):
-    """The same after autograd has been traced, as for inductor: graphs of a pass forward."""
+    """The same after autograd is traced, as for inductor: forward graphs."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 

@@ -1,12 +1,12 @@
-"""Which sub-expressions change the first gradients of a golden model when they are detached.
+"""Find the sub-expressions that change the first gradients of a golden model when they are detached.
 
-    python tests/detachments.py FILE ...      print them, as JSON, a line each
-    python tests/detachments.py --count       of all formulas, and count them, and those that golden values notice
+    python tests/detachments.py FILE ...      print them as JSON, one per line
+    python tests/detachments.py --count       count those of all formulas, and those that golden values detect
 
 The formulas are imported with a call around each sub-expression. A first step of every golden model that uses them,
-without labels and with them, tells which are tensors that have a gradient; then each of these is detached in turn. One
-that changes no gradient is no fault: its gradient reaches no parameter, or is replaced by another, as in a
-straight-through estimator. One that changes them as an earlier one of the same function does is the same fault.
+without and with labels, finds those that are tensors with a gradient; then each of these is detached in turn. One that
+changes no gradient is not a fault: its gradient reaches no parameter, or is replaced by another, as in a
+straight-through estimator. One that has the same effect as an earlier one of the same function is the same fault.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from mutants import ROOT, formula_files, users
 from mutation_operators import with_probes
 
 PROBE = "__detachment_probe__"
-# what is off by less, relatively, has been summed in another order
+# smaller relative differences are due to another order of sums
 ROUNDING = 1e-9
-# a sub-expression that changes no gradient of so many models is taken to change none
+# a sub-expression that changes no gradient of this many models is assumed to change none
 MAX_SETTINGS = 6
 
 
@@ -40,7 +40,7 @@ class Detachment(NamedTuple):
     Attributes:
         identity: see `mutants.Fault`.
         label: the golden model whose gradients it changes.
-        noticed: whether they are off by more than the tolerance of golden values.
+        noticed: whether they change by more than the tolerance of golden values.
     """
 
     identity: str
@@ -49,7 +49,7 @@ class Detachment(NamedTuple):
 
 
 class Probe:
-    """What the call around each sub-expression does: detach the chosen one, or note which are tensors."""
+    """Called on each sub-expression: detaches the chosen one, or records which are tensors."""
 
     def __init__(self) -> None:
         self.chosen = ""
@@ -86,7 +86,7 @@ class _Finder(MetaPathFinder):
 
 
 def install(files: Sequence[str]) -> Probe:
-    """Have these files of the package imported with a probe; before anything else imports them."""
+    """Import these files of the package with a probe; must be called before anything else imports them."""
     probe = Probe()
     setattr(builtins, PROBE, probe)
     sys.meta_path.insert(0, _Finder(files))
@@ -94,7 +94,7 @@ def install(files: Sequence[str]) -> Probe:
 
 
 def detachments(files: Sequence[str], probe: Probe, counts: Counter[str]) -> Iterator[Detachment]:
-    """The faults of these files; `counts` says what became of all tensors that have a gradient."""
+    """The faults of these files; `counts` is incremented by the outcome for each tensor with a gradient."""
     import golden
     import torch
 
@@ -114,7 +114,7 @@ def detachments(files: Sequence[str], probe: Probe, counts: Counter[str]) -> Ite
             probe.chosen, probe.tensors, probe.others = "", set(), set()
             start = time.perf_counter()
             change = digest(gradients(label, labelled)[0])
-            if change not in changes:  # most models read no labels
+            if change not in changes:  # most models do not read labels
                 changes.add(change)
                 settings.append((labelled, time.perf_counter() - start, label, probe.tensors))
             others |= probe.others
@@ -153,12 +153,12 @@ def _place(identity: str) -> tuple[str, int]:
 
 
 def digest(gradients: dict[str, Any]) -> str:
-    """A text that only equal gradients have."""
+    """A hash of gradients."""
     return sha256(b"".join(gradient.numpy().tobytes() for gradient in gradients.values())).hexdigest()
 
 
 def differ(wrong: dict[str, Any], right: dict[str, Any]) -> bool:
-    """Whether gradients differ by more than rounding; one that is missing is zero."""
+    """Whether gradients differ by more than rounding; a missing gradient is zero."""
     norms = {name: float(gradient.norm()) for name, gradient in right.items()}
     whole = sum(norm**2 for norm in norms.values()) ** 0.5
     for name in wrong.keys() | right.keys():
@@ -169,7 +169,7 @@ def differ(wrong: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 def is_noticed(fault: Detachment, probe: Probe) -> bool:
-    """Whether the golden values of the model are off with the fault, those of its next steps too."""
+    """Whether the fault changes the golden values of the model, including those of its next steps."""
     import golden
 
     if fault.noticed:
@@ -184,7 +184,7 @@ def is_noticed(fault: Detachment, probe: Probe) -> bool:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="of these files (default: all with formulas)")
     parser.add_argument("--count", action="store_true", help="count them, and name those that golden values miss")

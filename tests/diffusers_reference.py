@@ -1,4 +1,4 @@
-"""Codes and samples of models of diffusers, in [0, 1], by their own `encode` and `decode`: used by several tests."""
+"""Codes and samples of diffusers models, in [0, 1], by their own `encode` and `decode`; used by several tests."""
 
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ def kind_of(net: Any) -> str:
 
 
 def side_for(kind: str, side: int) -> dict[str, int]:
-    """Arguments with which samples of this side come back in their size."""
+    """Arguments with which samples of this side keep their size."""
     return {"encoder_input_size": side // 4 * 14} if kind == RAE else {}
 
 
@@ -31,7 +31,7 @@ def encoded(net: Any, x: Tensor) -> Tensor:
 
 
 def decoded(net: Any, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Samples in [0, 1]; those of a consistency decoder from given random numbers or from those of seed 0 for all."""
+    """Samples in [0, 1]; a consistency decoder draws noise from the generator, or that of seed 0 for all samples."""
     if kind_of(net) == RAE:
         image: Tensor = net.decode(z).sample
         return image

@@ -9,7 +9,7 @@ from aezoo.cli.lightning_cli import AezooCLI
 
 
 def add_callbacks(*more: pl.Callback, setattr: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Give each trainer these callbacks besides its own; a test passes monkeypatch.setattr, which undoes it."""
+    """Add callbacks to the trainers of commands; a test passes monkeypatch.setattr, which undoes it."""
     made = AezooCLI._instantiate_trainer
     setattr(
         AezooCLI,

@@ -1,4 +1,4 @@
-"""Gradients of functions, modules and networks against finite differences, in float64."""
+"""Comparison of gradients of functions, modules and networks with finite differences, in float64."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from aezoo import nets
 
 
 def assert_gradients_match(function: Callable[..., Any], *inputs: Tensor, **fixed: Any) -> None:
-    """Those of all outputs of a function, or of a module and its parameters, off their start."""
+    """Check all outputs of a function, or of a module, whose parameters are changed at random and checked as well."""
     given = [x.detach().double().requires_grad_() for x in inputs]
     if not isinstance(function, nn.Module):
         assert gradcheck(lambda *values: function(*values, **fixed), given, fast_mode=True)
@@ -30,7 +30,7 @@ def assert_gradients_match(function: Callable[..., Any], *inputs: Tensor, **fixe
 
 
 def assert_network_gradients_match(name: str, shape: Sequence[int] = (2, 6, 5)) -> None:
-    """Those of an encoder and a decoder of a network."""
+    """Check the encoder and decoder of a network."""
     shape = tuple(shape)
     assert_gradients_match(nets.encoder(name, shape, (3,), (8, 8), "silu"), torch.rand(2, *shape))
     assert_gradients_match(nets.decoder(name, (3,), shape, (8, 8), "silu"), torch.rand(2, 3))

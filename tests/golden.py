@@ -1,10 +1,10 @@
-"""Golden values: what every model computes first, so that no change moves a number unseen.
+"""Golden values: the first results of every model, so that no change goes unnoticed.
 
     python -m tests.golden
 
 records in `tests/golden.json` what is not recorded yet; a pull request that changes a value deletes it there and says
-why. Values are of float64: kernels of other processors round differently, by about 1e-16, and the first batch and one
-optimiser step leave that where it is. What hangs on a tie that rounding decides is not recorded but refused.
+why. Values are computed in float64: kernels of other processors round differently, by about 1e-16, which the first
+batch and one optimiser step do not amplify. Values that depend on a tie decided by rounding are refused.
 """
 
 import json
@@ -35,13 +35,13 @@ Record = dict[str, dict[str, float]]
 FILE = Path(__file__).with_suffix(".json")
 SHAPE, BATCH, CLASSES = (1, 28, 28), 16, 10
 LABELS = torch.arange(BATCH) % CLASSES
-# rows that start in the queue are as far from where they move as they move, and only rounding says which is more
+# rows that initialise the queue are at equal distances, which rounding would decide
 WITHOUT_TIES = {"vp_vae": {"data_init": False}}
-# a value agrees if it is off by less; two processors differ by a thousandth of it
+# relative tolerance of values; differences between processors are a thousandth of it
 TOLERANCE = 1e-7
-# inputs and weights are off by so much, relatively, when values are tested for ties
+# relative perturbation of inputs and weights with which values are tested for ties
 PERTURBATION = 1e-9
-# code paths that no default reaches
+# code paths that no default uses
 VARIANTS = [
     subject_of("conv_ae", latent_map=True, latent_dim=4),
     subject_of("resnet_ae", latent_map=True, latent_dim=4, hidden_dims=(8, 8)),
@@ -232,12 +232,12 @@ VARIANTS = [
 
 
 def own_models() -> list[str]:
-    """The models of this package, without those of plug-ins that happen to be installed."""
+    """The models of this package, without those of installed plug-ins."""
     return [name for name in aezoo.list_models() if entries()[name].owner == "aezoo"]
 
 
 def subjects() -> list[Subject]:
-    """All models with their defaults, as far as these leave no tie, and the variants."""
+    """All models with their defaults, unless these have ties, and the variants."""
     return [*(subject_of(name, **WITHOUT_TIES.get(name, {})) for name in own_models()), *VARIANTS]
 
 
@@ -258,7 +258,7 @@ def _perturb(values: Tensor, nudge: float, rng: np.random.Generator) -> Tensor:
 
 
 def _shape(subject: Subject) -> tuple[int, ...]:
-    """`SHAPE`, or for models of 3 channels the first that they take."""
+    """`SHAPE`, or the first accepted shape for models of 3 channels."""
     return SHAPE if subject.takes(SHAPE) else subject.shape
 
 
@@ -277,7 +277,7 @@ def _build(subject: Subject, nudge: float, rng: np.random.Generator) -> Autoenco
 
 
 def gradient_digest(model: Autoencoder) -> dict[str, float]:
-    """For each part of the model the norm of the gradient, and its projection on a fixed direction."""
+    """The norm of the gradient of each part of the model, and its projection on a fixed direction."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.grad is not None:
@@ -317,15 +317,15 @@ def _fit(model: Autoencoder, batches: list[Any]) -> dict[str, float]:
 
 
 def golden_values(subject: Subject, nudge: float = 0.0) -> Record:
-    """What a model computes first, in float64, from seed 0 and data that NumPy's generator draws.
+    """The first results of a model, in float64, from seed 0 and data drawn by NumPy.
 
     Args:
         subject: the model.
-        nudge: change inputs and weights by so much, relatively, at random.
+        nudge: relative size of a random change of inputs and weights.
 
     Returns:
         `terms`, the loss terms of a batch without labels; `gradient`, its digest; `step`, the losses of a batch with
-        labels and of the next, between which the optimiser steps.
+        labels and of the next one after an optimiser step.
     """
     rng = np.random.default_rng(1)
     model, terms = first_step(subject, nudge=nudge, rng=rng)
@@ -346,9 +346,9 @@ def first_step(
 
     Args:
         subject: the model.
-        labelled: give it labels with the batch.
-        nudge: see `golden_values`; `rng` draws it.
-        rng: needed with a nudge only.
+        labelled: pass labels with the batch.
+        nudge: see `golden_values`.
+        rng: draws the nudge.
     """
     rng = rng or np.random.default_rng(1)
     with _in_float64():
@@ -361,7 +361,7 @@ def first_step(
 
 
 def differences(values: Record, recorded: Record, tolerance: float) -> list[str]:
-    """What is off by more than the tolerance: losses relative to the loss, gradients to the norm of all of them."""
+    """Values outside of the tolerance, relative to the loss for terms and to the total norm for gradients."""
     off = [f"{kind} has {sorted(values[kind])}" for kind in recorded if values[kind].keys() != recorded[kind].keys()]
     scales = {
         "terms": abs(recorded["terms"]["loss"]),
@@ -370,7 +370,7 @@ def differences(values: Record, recorded: Record, tolerance: float) -> list[str]
     }
     for kind, scale in scales.items() if not off else ():
         for name, wanted in recorded[kind].items():
-            # a part may be much smaller than the whole, and is then held to its own size
+            # a part that is much smaller than the whole is compared relative to its own size
             bound = tolerance * max(abs(wanted), 1e-6 * scale)
             if not abs(values[kind][name] - wanted) <= bound:
                 off.append(f"{kind} {name} is {values[kind][name]!r}, not {wanted!r}")
@@ -383,7 +383,7 @@ def recorded() -> dict[str, Record]:
 
 
 def main() -> int:
-    """Record what is new; 1 if some of it hangs on a tie."""
+    """Record new values and return the exit status: 1 if some depend on a tie."""
     table, chosen, tied = recorded(), subjects(), False
     for subject in chosen:
         if subject.label in table:

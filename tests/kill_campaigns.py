@@ -1,9 +1,9 @@
-"""Random kills over campaigns of every kind of run: each run resumes to what an undisturbed one gives, or this fails.
+"""Random kills of every kind of run: each resumed run must give the same result as one that was not killed.
 
     python tests/kill_campaigns.py --kills 1000 --keep build/kills.jsonl [--out FILE.json]
 
-A campaign trains once undisturbed, then under some kills (SIGKILL), each followed by the same command, until the run
-ends; then the two are compared. A finished campaign is a line of the kept file, and another call continues after it.
+A campaign trains once without kills, then with some kills (SIGKILL), each followed by the same command, until the run
+ends; then both are compared. A finished campaign is a line of the kept file, and another call continues after it.
 """
 
 import argparse
@@ -44,10 +44,10 @@ FITS = {
     ],
     "large saves": [*FIT_VAE, *COSINE, "--model.hidden_dims=[1024,1024]", *DIGITS, *SAVES],
 }
-# of 100 kills, and kills of one campaign
+# kills of each kind out of 100, and kills per campaign
 SHARES = {"vae": 22, "vq_vae": 20, "compiled": 12, "stream": 14, "large saves": 14, "ddp": 10, "tune": 8}
 EACH = dict.fromkeys(FITS, 20) | {"ddp": 10, "tune": 8}
-# seconds for the start of processes, each of which imports torch
+# seconds for the start of processes, each of which imports torch, and for a whole run
 STARTED_WITHIN, ENDS_WITHIN = 600, 1800
 
 
@@ -57,7 +57,7 @@ def environment(**more):
 
 
 def of_one_process(name, home, seed):
-    """A fit that `kill_harness` kills and compares."""
+    """A fit of one process, killed and compared by `kill_harness`."""
     if name == "stream":
         _write_stream(home / "set")
     argv = [word.format(home=home) for word in [*FITS[name], *COMMON]]
@@ -83,11 +83,11 @@ def _write_stream(root):
     cache.merge()
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 class Run:
-    """A command in processes of its own, each of which can be found and killed."""
+    """A command whose processes can be found and killed."""
 
     def __init__(self, command, folder):
         folder.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ class Run:
             )  # fmt: skip
 
     def kill(self, rng):
-        """SIGKILL to the process that was started or to one of its own; all must end with it."""
+        """Send SIGKILL to the started process or to one of its children; all must end."""
         victim = self.process.pid if rng.random() < 0.5 else rng.choice([*processes(self.folder), self.process.pid])
         try:
             os.kill(victim, signal.SIGKILL)
@@ -109,7 +109,7 @@ class Run:
         return True
 
     def wait(self, seconds):
-        """Its exit code, once no process of it is left."""
+        """Wait until all its processes have ended, and return its exit code."""
         limit = time.monotonic() + seconds
         while processes(self.folder) or self.process.poll() is None:
             if time.monotonic() > limit:
@@ -129,13 +129,13 @@ class Run:
 
 
 def _lines(path):
-    """The lines of a file that may be growing: the last one counts once it is complete."""
+    """The complete lines of a file that may still be written to."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def of_two_processes(name, home, seed):
-    """A fit of two ranks, either of which is killed at any step or before the first one."""
+    """A fit of two ranks, of which one is killed at any step or before the first one."""
     argv = [
         *FIT_VAE, *COSINE, *COMMON, "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.devices=2",
         "--rank_timeout=120", "--checkpoints.every_n_steps=4", "--trainer.max_epochs=12",
@@ -150,7 +150,7 @@ def of_two_processes(name, home, seed):
         while len(_lines(killed / "trace-0.jsonl")) < goal and run.process.poll() is None:
             assert time.monotonic() < start + STARTED_WITHIN, f"no step {goal}: {run.said()}"
             time.sleep(0.005)
-        # without a step, at any time of the start
+        # without a new step, at any time of the start
         time.sleep(rng.uniform(0, 0.05) if goal > before else rng.uniform(0, 10))
         in_saves += bool(temporary_files(killed))
         left -= run.kill(rng)
@@ -174,7 +174,7 @@ def _reached(folder):
 
 
 def of_a_study(name, home, seed):
-    """`aezoo tune`, or the trial that it trains, killed at any time; a trial that was killed alone has failed."""
+    """`aezoo tune` or its trial, killed at any time; a trial that is killed alone counts as failed."""
     argv = [
         "tune", *FIT_VAE[1:], *COSINE, *COMMON, *DIGITS, "--trainer.max_epochs=60", "--checkpoints.every_n_steps=4",
         "--search.model.beta=float:0.1:4", "--trials=3", "--study=study",
@@ -199,16 +199,16 @@ def of_a_study(name, home, seed):
 
 
 def _complete(study):
-    """Settings and scores of the trials that ended well."""
+    """Settings and scores of the completed trials."""
     with (study / "trials.csv").open(newline="") as file:
         return [(row["model.beta"], row["val/loss"]) for row in csv.DictReader(file) if row["state"] == "complete"]
 
 
-# ---- all of it ------------------------------------------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------------------------------
 
 
 def main():
-    """Run what is missing, campaign after campaign, and write the counts."""
+    """Run the missing campaigns one by one, and write the counts."""
     parser = argparse.ArgumentParser(prog="python tests/kill_campaigns.py", description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--keep", type=Path, default=Path("build/kills.jsonl"), help="ended campaigns, one a line")
@@ -222,7 +222,7 @@ def main():
         if arguments.only in (None, name)
     }
     done = _lines(arguments.keep)
-    # the kinds in turn, so that a part of them all is a sample of all
+    # alternate between the kinds, so that an unfinished run covers all of them
     for number in itertools.count():
         left = [name for name, campaigns in wanted.items() if number < campaigns]
         if not left:

@@ -1,7 +1,7 @@
-"""Run `aezoo fit` in processes that can be killed at any moment, and read what they did at every step.
+"""Run `aezoo fit` in processes that can be killed at any time, and read a trace of every step.
 
-`python kill_harness.py FOLDER JSON` takes {"argv": [...], "kills": n, "seed": n}: it trains once undisturbed in
-FOLDER/whole, then in FOLDER/killed under n kills with SIGKILL, each followed by the same command, until the run ends.
+`python kill_harness.py FOLDER JSON` takes {"argv": [...], "kills": n, "seed": n}: it trains without kills in
+FOLDER/whole, then in FOLDER/killed with n kills by SIGKILL, each followed by the same command, until the run ends.
 A kill comes after a random number of steps and some milliseconds, or while a file is being written; with
 {"after_saves": true}, right after a save of last.ckpt, the first, the second and so on of each start. One process
 imports torch and forks the others, since an import takes longer than a run.
@@ -19,7 +19,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-# what every process of a run has in its environment, with the run's own value
+# environment variable by which the processes of a run are found
 MARK = "AEZOO_TEST_RUN"
 OFF = [
     f"--{name}.every_n_epochs=0"
@@ -32,13 +32,13 @@ FIT_VQ_VAE = [
     *("fit", "--model=vq_vae", "--model.net=mlp", "--model.hidden_dims=[32]", "--model.places=4"),
     *("--model.latent_dim=4", "--model.codebook_size=16"),
 ]
-# the time of some steps, of a whole save, or of what follows an epoch
+# the time of some steps, of a whole save, or of the end of an epoch
 LONGEST_WAIT = 0.02
 STARTED_WITHIN = 300.0
 
 
 class Trace(pl.Callback):
-    """A line a batch: step, epoch, batch, loss and pixels as they are in binary, learning rate."""
+    """Write a line for each batch: step, epoch, batch, loss and pixels in exact binary form, learning rate."""
 
     def __init__(self, path):
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -52,14 +52,14 @@ class Trace(pl.Callback):
             "pixels": float(batch[0].double().sum()).hex(),
             "lr": trainer.optimizers[0].param_groups[0]["lr"].hex(),
         }
-        # within one page of memory, which 256 bytes never leave, a write is seen whole or not at all, killed or not
+        # lines of 256 bytes stay within a page of memory, so a write is visible in full or not at all, even if killed
         os.write(self.file, json.dumps(line).ljust(255).encode() + b"\n")
-        # a step takes less than a millisecond, in which the other process could not aim
+        # slow steps down, so that the other process can kill at a certain step
         time.sleep(0.002)
 
 
 def train(argv, folder, trace, saves):
-    """One command of the command line in this process, with a trace; ends the process, at the latest after `saves`."""
+    """Run a command in this process with a trace, then end the process, at the latest after `saves` saves."""
     from extra_callbacks import add_callbacks
 
     from aezoo.callbacks.checkpoints import Checkpoints
@@ -99,14 +99,14 @@ def start(argv, folder, saves=0):
 
 
 def finish(child, folder, what):
-    """Wait for the end; anything but success ends this program."""
+    """Wait for the end, and exit on failure."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code:
         sys.exit(f"{what} ended with {code}: {(folder / 'log.txt').read_text()[-2000:]}")
 
 
 class Lines:
-    """What a folder's trace has gained, read piece by piece."""
+    """Reads the new lines of a folder's trace."""
 
     def __init__(self, folder):
         self.path, self.size, self.count, self.last = folder / "trace.jsonl", 0, 0, 0
@@ -123,14 +123,14 @@ class Lines:
 
 
 def in_the_middle(folder):
-    """A file is being written."""
+    """Whether a file is being written."""
     for run in (folder / "runs").glob("*/0/checkpoints"):
         return any(path.name.startswith(".tmp-") for path in run.iterdir())
     return False
 
 
 def kill_somewhere(child, folder, lines, rng, longest):
-    """SIGKILL after 1 to `longest` new steps and some milliseconds, or in the next save after them.
+    """Send SIGKILL after 1 to `longest` new steps and some milliseconds, or in the next save after them.
 
     Returns:
         Whether a file was being written at that moment; None if the run ended first.
@@ -161,7 +161,7 @@ def trace(folder):
 
 
 def compare(whole, killed):
-    """Every step of the killed run, those taken twice too, equals the reference's; so does what is left in the end."""
+    """Assert that every step of the killed run, including repeated ones, and the final files equal the reference's."""
     reference = {line["step"]: line for line in trace(whole)}
     seen = trace(killed)
     for line in seen:
@@ -180,7 +180,7 @@ def compare(whole, killed):
 
 
 def processes(mark):
-    """Numbers and command lines of the processes of a run that live."""
+    """Process ids and command lines of the running processes of a run."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -195,7 +195,7 @@ def processes(mark):
 
 
 def temporary_files(folder):
-    """What saves leave behind that were killed, anywhere below."""
+    """Temporary files of interrupted saves, at any depth."""
     return sorted(folder.rglob(".tmp-*"))
 
 
@@ -204,7 +204,7 @@ def curves(folder):
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    # how fast the machine was is not a function of the seed
+    # speed does not depend on the seed
     tags = [tag for tag in events.Tags()["scalars"] if "samples_per_s" not in tag]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
@@ -225,7 +225,7 @@ def same(first, second, name):
 
 
 def main(home, argv, kills, seed, after_saves=False):
-    # before the forks: what each run would import again
+    # import before the forks
     for name in ("matplotlib.pyplot", "sklearn.datasets", "torch.utils.tensorboard", "aezoo.cli.lightning_cli"):
         importlib.import_module(name)
 
@@ -238,7 +238,7 @@ def main(home, argv, kills, seed, after_saves=False):
             sys.exit(f"ended before save {saves}: {(killed / 'log.txt').read_text()[-2000:]}")
     for left in () if after_saves else range(kills, 0, -1):
         child = start([*argv, "--resume", "auto"], killed)
-        # so that the steps last for all kills
+        # limit the steps between kills, so that all kills come before the end
         hit = kill_somewhere(child, killed, lines, rng, max(1, (steps - lines.update().last) // left - 2))
         if hit is None:
             sys.exit(f"the run of {steps} steps ended before kill {kills - left + 1} of {kills}: make it longer")

@@ -1,4 +1,4 @@
-"""Data and tools of the laws, and of the tests of what models are made of."""
+"""Fixtures of the laws and of tests of components of models."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def _images(data: DataModule, stage: str) -> Tensor:
 
 @pytest.fixture(scope="session")
 def digits() -> Tensor:
-    """scikit-learn's digits in the split of the reference table: the first 1,437 train, 360 test."""
+    """scikit-learn's digits in the split of the reference table: the first 1,437 for training, 360 for test."""
     return torch.from_numpy(load_digits().data / 16).reshape(-1, 1, 8, 8)
 
 
@@ -107,7 +107,7 @@ def adam() -> Fitter:
 
 @pytest.fixture(scope="session")
 def shifted() -> Callable[[Autoencoder], Autoencoder]:
-    """Move all parameters off their start: at zero biases half of the mistakes are invisible."""
+    """Add random offsets to all parameters: zero biases would hide many mistakes."""
 
     def shift(model: Autoencoder) -> Autoencoder:
         with torch.no_grad():
@@ -122,7 +122,7 @@ def shifted() -> Callable[[Autoencoder], Autoencoder]:
 
 @pytest.fixture(scope="session")
 def centred() -> Callable[[Autoencoder, Tensor], Autoencoder]:
-    """Start a linear model's biases at the data's mean: the way to the optimum is short then, the optimum the same."""
+    """Initialise a linear model's biases at the data's mean, which shortens optimisation and keeps the optimum."""
 
     def start(model: Autoencoder, x: Tensor) -> Autoencoder:
         down, up = (next(m for m in net if isinstance(m, nn.Linear)) for net in (model.encoder, model.decoder))
@@ -137,7 +137,7 @@ def centred() -> Callable[[Autoencoder, Tensor], Autoencoder]:
 
 @pytest.fixture(scope="session")
 def spectrum() -> Callable[[Tensor], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Mean, eigenvalues (falling) and eigenvectors (columns) of a set, by numpy in float64."""
+    """Mean, eigenvalues in descending order and eigenvectors (columns) of a data set, by numpy in float64."""
 
     def compute(x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         flat = x.flatten(1).double().numpy()

@@ -1,4 +1,4 @@
-"""Small masked autoencoders with random weights, and what other libraries compute with them.
+"""Small masked autoencoders with random weights, and their outputs by other libraries.
 
     python tests/mae_fixtures.py        with transformers 5.24 or later and timm 1.0.31 or later in addition to torch
 
@@ -28,14 +28,14 @@ def sine_table(width: int) -> Tensor:
     rows = [[0.0] * width]
     for i, j in itertools.product(range(4), repeat=2):
         rows.append([])
-        for place in (j, i):  # the column comes first in the authors' files
+        for place in (j, i):  # the authors' files have the column first
             angles = [place / 10_000 ** (4 * k / width) for k in range(width // 4)]
             rows[-1] += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
     return torch.tensor(rows)[None]
 
 
 class AuthorsMAE(nn.Module):
-    """Blocks of timm with the names of the authors' code: two of width 12 and one of width 8, a head each."""
+    """Blocks of timm with the names of the authors' code: two of width 12 and one of width 8, each with one head."""
 
     def __init__(self, positions: tuple[Tensor, Tensor]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class AuthorsMAE(nn.Module):
         self.decoder_embed, self.decoder_pred = nn.Linear(12, 8), nn.Linear(8, 12)
 
     def encode(self, x: Tensor, order: Tensor) -> Tensor:
-        """Tokens of the patches of an order, after the class token: (B, 3, 8, 8), (B, V) -> (B, 1 + V, 12)."""
+        """The class token and the tokens of the patches in the order: (B, 3, 8, 8), (B, V) -> (B, 1 + V, 12)."""
         tokens = self.patch_embed(x) + self.pos_embed[:, 1:]
         tokens = tokens[torch.arange(len(x))[:, None], order]
         tokens = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), tokens], 1)
@@ -57,7 +57,7 @@ class AuthorsMAE(nn.Module):
         return self.norm(tokens)
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        """The predicted patches, each place by place: (B, 3, 8, 8), (B, 16) -> (B, 16, 12)."""
+        """The predicted patches, with values ordered by position: (B, 3, 8, 8), (B, 16) -> (B, 16, 12)."""
         order = noise.argsort(1)
         tokens = self.decoder_embed(self.encode(x, order[:, :4]))
         places = self.mask_token.expand(len(x), 16, -1).clone()
@@ -69,7 +69,7 @@ class AuthorsMAE(nn.Module):
 
 
 def shake(model: nn.Module) -> None:
-    """Move all trained weights: a normalisation with weight 1 would hide mistakes."""
+    """Add random offsets to all trained weights: a normalisation with weight 1 would hide mistakes."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -77,7 +77,7 @@ def shake(model: nn.Module) -> None:
 
 
 def write(name: str, found: dict[str, Tensor]) -> None:
-    """Write what a library computes."""
+    """Write the outputs of a library."""
     save_file({key: value.contiguous() for key, value in found.items()}, FOLDER / name / "expected.safetensors")
 
 

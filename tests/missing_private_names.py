@@ -1,7 +1,7 @@
-"""Fits and predictions of conv_ae without one of the private names that only speed needs.
+"""Run fits and predictions of conv_ae with one private name missing that only `aezoo.speed` needs.
 
-`python tests/missing_private_names.py` prints a JSON object of the names without which something fails, each with the
-error. A name is hidden only from aezoo, in a forked child: torch and Lightning still find it.
+`python tests/missing_private_names.py` prints a JSON object of the names without which something fails, with the
+errors. A name is hidden only from aezoo, in a forked child: torch and Lightning still find it.
 """
 
 import builtins
@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import aezoo
 from aezoo.training import private_names
 
-# as `torch.cpu` describes the processors for which parts of `aezoo.speed` are there
+# in the format of `torch.cpu`: a processor for which all parts of `aezoo.speed` are enabled
 WIDE = {"cpu_name": "AMD Zen 5", "avx512_vp2intersect": True}
 # imported by the parent, since each import takes longer than a fit
 LIBRARIES = ("torch._dynamo.config", "torch._inductor.lowering", "torch.utils.flop_counter", "torch.nn.grad")
 
 
 def hide(name: str) -> None:
-    """Keep a name of a library from the modules of aezoo."""
+    """Hide a name of a library from the modules of aezoo."""
     path, _, last = name.rpartition(".")
     owner: Any = scan.find(path)
     cls: Any = owner if inspect.isclass(owner) else type(owner)
@@ -45,7 +45,7 @@ def hide(name: str) -> None:
         return usual(self, asked)
 
     def make(self: Any, asked: str) -> Any:
-        """What `torch.ops` makes when it is first asked for."""
+        """Replaces the lookup of operators by `torch.ops`."""
         if asked_by_aezoo(asked) or not hasattr(cls, "__getattr__"):
             raise AttributeError(asked)
         return cls.__getattr__(self, asked)
@@ -74,7 +74,7 @@ def build() -> tuple[pl.Trainer, Any, Any]:
 
 
 def run() -> None:
-    """A fit and a prediction with all parts of `aezoo.speed` that compile nothing, on layers of any size."""
+    """A fit and a prediction with all parts of `aezoo.speed` that do not compile, for layers of any size."""
     from aezoo.speed import conv2d, inductor_lowering, joint_backward, linear
 
     linear._LARGE = conv2d._MIN_SAMPLES = conv2d._MIN_PRODUCTS = 1

@@ -1,10 +1,10 @@
-"""Settings of small models of MultiVae, and what MultiVae computes with them at weights that are drawn.
+"""Settings of small models of MultiVae, and its outputs with random weights.
 
     python tests/multivae_fixtures.py        with multivae 1.0.3 in addition to torch; aezoo is not imported
 
 writes to `tests/fixtures/multivae` for each case the `model_config.json` that MultiVae saves, and an `.npz` with the
-names and shapes of its weights, from which `tests/io/drawn_weights.py` makes the weights again, and with samples, the
-codes of subsets of modalities and samples from them, terms of the loss and the noise in their order.
+names and shapes of its weights, from which `tests/io/drawn_weights.py` draws the weights again, samples, codes of
+subsets of modalities and samples from them, terms of the loss, and the noise in the order of its use.
 """
 
 import itertools
@@ -48,11 +48,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "MMVAE": ("MMVAE", APART, {**MIXTURE, "learn_prior": False}),
     "MMVAEPlus": ("MMVAEPlus", ALIKE, PRIVATES),
     "CMVAE": ("CMVAE", APART, {**PRIVATES, "number_of_clusters": 4}),
-    # which the zoo does not represent
+    # no corresponding model in the zoo
     **{kind: (kind, APART, {}) for kind in ("MoPoE", "JMVAE", "TELBO", "JNF")},
 }
 READ = ("MVAE", "MVTCAE", "CRMVAE", "DMVAE", "MMVAE", "MMVAEPlus", "CMVAE")
-# what stays 0, as it is not learned
+# not learned, so they stay 0
 FIXED = ("prior_mean", "prior_log_var", "mean_priors.", "logvars_priors.shared", "w_mean", "w_logvar", "r_mean")
 
 
@@ -62,7 +62,7 @@ def build(kind: str, dims: dict[str, Any], settings: dict[str, Any]) -> Any:
 
 
 def draw_weights(model: Any) -> dict[str, tuple[int, ...]]:
-    """Give a model the weights that are drawn; their shapes."""
+    """Draw the weights of a model, and return their shapes."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(FIXED)}
     state = {key: torch.from_numpy(value) for key, value in drawn(shapes, 0).items()}
     model.load_state_dict(state, strict=False)
@@ -72,7 +72,7 @@ def draw_weights(model: Any) -> dict[str, tuple[int, ...]]:
 def moment_noise(parts: int, size: int) -> np.ndarray:
     """Noise of mean 0 and covariance I over 2 size copies of the samples: (2 size BATCH, parts, size).
 
-    The mean of a draw's log q(z) - log p(z) over the copies is then the KL.
+    The mean of log q(z) - log p(z) over the copies is then the KL.
     """
     numbers = np.random.RandomState(3).standard_normal((BATCH, parts, size, size))
     axes = np.sqrt(size) * np.linalg.qr(numbers)[0]
@@ -80,7 +80,7 @@ def moment_noise(parts: int, size: int) -> np.ndarray:
 
 
 class Noise:
-    """Gives the arrays of a list, or else standard normal numbers from a stream that does not change."""
+    """Returns the arrays of a list, and standard normal numbers of a fixed stream when there are none left."""
 
     def __init__(self, given: list[np.ndarray]) -> None:
         self.numbers, self.given, self.left = np.random.RandomState(2), [], given
@@ -92,7 +92,7 @@ class Noise:
 
 
 def computed(model: Any, kind: str, dims: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What MultiVae computes."""
+    """Outputs of MultiVae."""
     numbers = np.random.RandomState(1)
     data = {name: numbers.uniform(size=(BATCH, *shape)).astype(np.float32) for name, shape in dims.items()}
     found = {f"x_{name}": values for name, values in data.items()}

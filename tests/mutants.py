@@ -1,21 +1,21 @@
-"""The test of the tests: put one fault at a time into a copy of the package and see whether the suite notices.
+"""Mutation tests: put one fault at a time into a copy of the package and check that a test fails.
 
-    python -m tests.mutants --draw 300         so many of the faults, drawn at random; --seed 1 draws others
-    python -m tests.mutants --keep FILE        all of them; continues where it was ended
-    python -m tests.mutants vae.py "drop log"  those with one of these in their identity
+    python -m tests.mutants --draw 300         this many faults, drawn at random; --seed 1 draws others
+    python -m tests.mutants --keep FILE        all of them; continues an interrupted run
+    python -m tests.mutants vae.py "drop log"  those with one of these texts in their identity
     python -m tests.mutants --list             only print them
-    python -m tests.mutants --jobs 4           so many at a time
-    python -m tests.mutants --without-golden   by the laws only, where golden values would notice most faults
+    python -m tests.mutants --jobs 4           this many at a time
+    python -m tests.mutants --without-golden   by the laws only; golden values would detect most faults
 
-Faults of formulas are made from the code as it stands, see `tests/mutation_operators.py`, and are known by file,
+Faults of formulas are generated from the current code, see `tests/mutation_operators.py`, and identified by file,
 function, operator and ordinal. Those that detach one sub-expression (": detach " is in their identity) are those that
 change a gradient: `tests/detachments.py` runs the golden models to find them, in seconds for a file and minutes for
-all, and they are kept in `build/`. `tests/mutants.txt` lists faults that no operator makes. What has to fail follows
-from the file's name: the test file of that name or those that import it, slow tests last, and golden values of models
-that use it.
-At the end the tests that caught one run without any: one that fails then has caught nothing. The exit status is 1 if
-less than 90 % are caught, or if a fault could not be judged: it no longer fits its file, or pytest broke down. A fault
-that runs into the time limit has not been caught.
+all, and they are kept in `build/`. `tests/mutants.txt` lists faults that no operator generates. The tests that must
+fail follow from the file's name: the test file of that name or those that import it, slow tests last, and golden values
+of models that use it.
+At the end the tests that caught faults run without any: a fault whose test fails then was not caught. The exit status
+is 1 if less than 90 % are caught, or if a fault could not be judged: its text is no longer in the file, or pytest
+failed to run. A fault that runs into the time limit is not caught.
 """
 
 import argparse
@@ -50,7 +50,7 @@ DETACHMENTS = ROOT / "build" / "detachments.json"
 COPIED = ("aezoo", "benchmarks", "tests", "recipes", "pyproject.toml")
 MIN_CAUGHT = 0.9
 WRONG_COPY = 90
-# what every run of tests imports first, most of the time that a fault takes
+# imported once for all runs, since imports take most of the time of a fault
 PRELOADED = ("torch", "lightning.pytorch", "numpy", "pytest")
 FORMULA_PATHS = (
     "models",
@@ -66,9 +66,9 @@ FORMULA_PATHS = (
 GOLDEN = "tests/test_golden.py"
 # golden values are chosen by model, and the copy has neither README nor docs
 EXCLUDED_TESTS = ("test_golden.py", "test_readme.py", "test_typeset.py")
-# the golden values and the laws of so many models judge a block that many use
+# at most this many golden values and law files for a module that many models use
 MAX_GOLDEN_TESTS, MAX_LAW_FILES = 12, 2
-# tests of what has no test file of its name, by the beginning of the path; names that are gone do no harm
+# tests of files without a test file of their name, by the beginning of the path; deleted names have no effect
 TESTS_BY_PREFIX = {
     "aezoo/metrics/disentanglement": "test_disentanglement.py",
     "aezoo/metrics/similarity": "test_disentanglement.py",
@@ -76,10 +76,10 @@ TESTS_BY_PREFIX = {
     "aezoo/metrics/coherence": "test_coherence_metrics.py",
     "aezoo/quantisers/": "test_quantisers.py",
 }
-# mutants that change no number, and why
+# mutants that change no result, and why
 EQUIVALENT: dict[str, str] = {}
 FLAGS = ("-x", "-q", "-n0", "--tb=no", "-rfE", "-p", "no:cacheprovider")
-# plug-ins of pytest that PRELOADED imports, as anyio, need no rewritten asserts
+# pytest plug-ins imported by PRELOADED, such as anyio, need no assertion rewriting
 FLAGS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 CAUGHT, SURVIVED, TIMED_OUT, STALE, BROKEN = "caught", "SURVIVED", "TIMED OUT", "STALE", "BROKEN"
@@ -87,11 +87,11 @@ CAUGHT, SURVIVED, TIMED_OUT, STALE, BROKEN = "caught", "SURVIVED", "TIMED OUT", 
 
 @dataclass(frozen=True)
 class Fault:
-    """`old` in `file` becomes `new`, and one of the tests must fail; paths from the root.
+    """`old` in `file` is replaced by `new`, and one of the tests must fail; paths are relative to the root.
 
     Attributes:
-        name: unlike those of the other faults of the file.
-        start: where in the file the old text stands; None: where it is found, once.
+        name: unique among the faults of the file.
+        start: offset of the old text in the file; None: its only occurrence.
         test: the test file that must fail, by its name; empty: those that `test_files` finds.
         golden: the label of the golden values that must change; empty: those that `golden_tests` finds.
     """
@@ -106,17 +106,17 @@ class Fault:
 
     @property
     def identity(self) -> str:
-        """Where it is and what it does; what verdicts are kept under."""
+        """File and name, the key of saved verdicts."""
         return f"{self.file}: {self.name}"
 
     def occurrences(self, root: Path = ROOT) -> int:
-        """How often the old text stands in the file; more or less than once, the fault is stale."""
+        """The number of occurrences of the old text in the file; if it is not one, the fault is stale."""
         path = root / self.file
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         return text.count(self.old) if self.start is None else text.startswith(self.old, self.start)
 
     def changed(self, text: str) -> str:
-        """The file's text with the fault."""
+        """The text of the file with the fault."""
         start = text.index(self.old) if self.start is None else self.start
         return text[:start] + self.new + text[start + len(self.old) :]
 
@@ -126,7 +126,7 @@ class Fault:
         path.write_text(self.changed(path.read_text(encoding="utf-8")), encoding="utf-8")
 
     def tests(self, golden: bool = True) -> list[str]:
-        """What pytest is to run, golden values first, which take a second."""
+        """The tests to run; golden values come first, since they take a second."""
         files = [_test_path(self.test)] if self.test else test_files(self.file)
         if self.golden:
             return [*([_golden_test(self.golden)] if golden else ()), *gradient_law(self.golden, files), *files]
@@ -135,7 +135,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a fault: one of the words above, the test that failed or the reason, and seconds."""
+    """The result for a fault: one of the words above, the test that failed or the reason, and seconds."""
 
     fault: Fault
     outcome: str
@@ -146,11 +146,11 @@ class Verdict:
         return f"{self.outcome:9} {self.seconds:5.1f} s  {self.fault.identity}  <- {self.detail}"
 
 
-# ---- the faults ------------------------------------------------------------------------------------------------------
+# ---- faults ----------------------------------------------------------------------------------------------------------
 
 
 def parse(text: str) -> Iterator[Fault]:
-    """The faults of a list in the form that the head of `tests/mutants.txt` describes."""
+    """The faults of a list in the format described at the top of `tests/mutants.txt`."""
     file = test = name = ""
     old: list[str] = []
     new: list[str] = []
@@ -174,7 +174,7 @@ def listed() -> list[Fault]:
 
 
 def formula_files(root: Path = ROOT) -> list[str]:
-    """The modules with formulas, by their paths from the root."""
+    """The modules with formulas, relative to the root."""
     locations = [root / "aezoo" / part for part in FORMULA_PATHS]
     paths = [path for start in locations for path in (sorted(start.rglob("*.py")) if start.is_dir() else [start])]
     return [path.relative_to(root).as_posix() for path in paths]
@@ -190,14 +190,14 @@ def _generated_faults(root: Path, operators: Callable[[str], list[Mutant]] = mut
 
 
 def generated(root: Path = ROOT) -> list[Fault]:
-    """The faults of formulas that operators make from the code; those that change nothing are left out."""
+    """The faults of formulas generated from the code, without equivalent ones."""
     return [fault for fault in _generated_faults(root) if fault.identity not in EQUIVALENT]
 
 
 def detachments(patterns: Sequence[str] = ()) -> list[Fault]:
-    """The faults that detach one sub-expression of a formula, of those that change the first gradients of a model.
+    """The faults that detach one sub-expression of a formula and change the first gradients of a model.
 
-    Which these are takes minutes to find for all formulas, and is kept as long as what it depends on.
+    Finding them takes minutes for all formulas, so they are saved until the files they depend on change.
     """
     candidates = {
         fault.identity: fault for fault in _generated_faults(ROOT, detachments_of) if matches(fault, patterns)
@@ -225,27 +225,27 @@ def detachments(patterns: Sequence[str] = ()) -> list[Fault]:
 
 
 def faults() -> list[Fault]:
-    """All others."""
+    """All generated and listed faults."""
     return [*generated(), *listed()]
 
 
 def matches(fault: Fault, patterns: Sequence[str]) -> bool:
-    """Whether a fault has one of the patterns in its identity; if there are none, any has."""
+    """Whether one of the patterns is in the identity of a fault, or there are no patterns."""
     return not patterns or any(pattern in fault.identity for pattern in patterns)
 
 
-# ---- the tests that must notice them ---------------------------------------------------------------------------------
+# ---- tests of a fault ------------------------------------------------------------------------------------------------
 
 
 def _test_path(test: str) -> str:
-    """The path of a test file from its name, which is unique."""
+    """The path of a test file, whose name is unique."""
     found = sorted((ROOT / "tests").rglob(test))
     return found[0].relative_to(ROOT).as_posix() if found else f"tests/{test}"
 
 
 @cache
 def _test_texts() -> dict[str, str]:
-    # those of tests/parity need a separate environment
+    # tests/parity needs a separate environment
     paths = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.parent.name != "parity"]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
@@ -254,8 +254,8 @@ def _test_texts() -> dict[str, str]:
 def test_files(file: str) -> list[str]:
     """The test files of a module.
 
-    That with its name; or else those that import it, with the laws of the models that use it; or else, of a model, the
-    laws that name or import it.
+    The file with its name; else those that import it, and the laws of models that use it; for a model without a file
+    of its name, the laws that name or import it.
     """
     stem, (*packages, _) = Path(file).stem, Path(file).with_suffix("").parts
     texts = {test: text for test, text in _test_texts().items() if Path(test).name not in EXCLUDED_TESTS}
@@ -278,7 +278,7 @@ def test_files(file: str) -> list[str]:
 
 @cache
 def _imports() -> dict[str, set[str]]:
-    """For each module of the package, by file, those that it imports."""
+    """The modules of the package that each module imports, by file."""
     paths = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in (ROOT / "aezoo").rglob("*.py")}
     graph = {}
     for name, path in paths.items():
@@ -293,7 +293,7 @@ def _imports() -> dict[str, set[str]]:
 
 
 def _distances(file: str) -> dict[str, int]:
-    """The modules that import one, directly or through others, and how many imports lead there."""
+    """The modules that import a module directly or indirectly, with the number of imports in between."""
     found, edge = {file: 0}, {file}
     while edge:
         edge = {module for module, imported in _imports().items() if imported & edge} - found.keys()
@@ -303,7 +303,7 @@ def _distances(file: str) -> dict[str, int]:
 
 @cache
 def users(file: str) -> list[tuple[str, str]]:
-    """The models that use a module, by file and golden label; those first that are it, or the nearest to it."""
+    """The models that use a module, by file and golden label, sorted by their number of imports in between."""
     from golden import subjects
 
     distances, ranked = _distances(file), []
@@ -323,7 +323,7 @@ def golden_tests(file: str) -> list[str]:
 
 
 def gradient_law(label: str, files: Iterable[str]) -> list[str]:
-    """The law of the gradients of the model with a golden label, unless its file is among these."""
+    """The test of gradients of the model with a golden label, unless its file is among these."""
     model = label.partition("(")[0]
     file = _test_path(f"test_{model}.py")
     return [] if file in files else [f"{file}::test_gradients_are_derivatives_of_the_terms[{model}]"]
@@ -333,12 +333,12 @@ def _golden_test(label: str) -> str:
     return f"{GOLDEN}::test_golden_values[{label}]"
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- run -------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def temporary_copy() -> Iterator[Path]:
-    """A separate folder with the package and its tests."""
+    """A temporary folder with a copy of the package and its tests."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         root = Path(folder).resolve()
         for name in COPIED:
@@ -350,7 +350,7 @@ def temporary_copy() -> Iterator[Path]:
 
 
 def _run_pytest(root: str, arguments: list[str], output: str) -> None:
-    """Run pytest in a copy, whose package it is sure to import; the main function of a process of its own."""
+    """Run pytest in a copy of the package; the main function of a separate process."""
     os.setsid()
     os.chdir(root)
     with Path(output).open("w", encoding="utf-8") as file:
@@ -361,11 +361,11 @@ def _run_pytest(root: str, arguments: list[str], output: str) -> None:
     os.environ |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
     here = str(Path(__file__).parent)
     sys.path[:] = [root, *(path for path in sys.path if path not in ("", here, str(ROOT)))]
-    # those of the copy: a fork server that other tests have started may have imported ours
+    # import those of the copy: a fork server started by other tests may have imported ours
     for name in [*sys.modules]:
         if name.partition(".")[0] in ("aezoo", "benchmarks", "golden", "mutation_operators"):
             del sys.modules[name]
-    # find_spec, not import: a package that a fault keeps from being imported is pytest's to report
+    # find_spec, since import errors due to a fault must be reported by pytest
     spec = importlib.util.find_spec("aezoo")
     if spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(root):
         os._exit(WRONG_COPY)
@@ -377,7 +377,7 @@ def _run_pytest(root: str, arguments: list[str], output: str) -> None:
 
 
 def pytest_in(root: Path, arguments: Iterable[str], limit: float) -> tuple[int | None, str]:
-    """Exit status, None after the time limit, and output of pytest in a copy."""
+    """Exit status, or None after the time limit, and output of pytest in a copy."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
     with tempfile.NamedTemporaryFile(prefix="mutants-") as output:
@@ -389,7 +389,7 @@ def pytest_in(root: Path, arguments: Iterable[str], limit: float) -> tuple[int |
             status = process.exitcode
             if status is None:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that a test has started
+                    os.killpg(process.pid, signal.SIGKILL)  # including processes started by tests
                 process.kill()
                 process.join()
         text = Path(output.name).read_text(encoding="utf-8", errors="replace")
@@ -399,12 +399,12 @@ def pytest_in(root: Path, arguments: Iterable[str], limit: float) -> tuple[int |
 
 
 def failed(output: str) -> list[str]:
-    """The tests that pytest's summary names as failed."""
+    """The failed tests in pytest's summary."""
     return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
 
 
 def run_fault(fault: Fault, limit: float, golden: bool = True) -> Verdict:
-    """Run the fault's tests on a copy with the fault in it."""
+    """Run the tests of a fault on a copy with the fault."""
     start = time.monotonic()
     found = fault.occurrences()
     if found != 1:
@@ -416,7 +416,7 @@ def run_fault(fault: Fault, limit: float, golden: bool = True) -> Verdict:
         fault.inject(root)
         status, output = pytest_in(root, tests, limit)
         if status == 0:
-            # the slow ones after the others, which answer sooner; with none of them pytest ends with 5
+            # slow tests after the others; without any, pytest ends with 5
             status, output = pytest_in(root, ["-m", "slow", *tests], limit)
     seconds = time.monotonic() - start
     files = " ".join(dict.fromkeys(test.partition("::")[0] for test in tests))
@@ -431,7 +431,7 @@ def run_fault(fault: Fault, limit: float, golden: bool = True) -> Verdict:
 
 
 def failing_without_fault(tests: Sequence[str], limit: float) -> list[str]:
-    """Those of the tests that fail on the package as it is."""
+    """Those of the tests that fail without a fault."""
     if not tests:
         return []
     with temporary_copy() as root:
@@ -440,7 +440,7 @@ def failing_without_fault(tests: Sequence[str], limit: float) -> list[str]:
 
 
 def by_operator(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
-    """The verdicts on the faults that each operator makes, and on those of the list."""
+    """The verdicts by operator, and those of listed faults."""
     parts: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         fault = verdict.fault
@@ -450,7 +450,7 @@ def by_operator(verdicts: Iterable[Verdict]) -> dict[str, list[Verdict]]:
 
 
 def summary(verdicts: Sequence[Verdict], failing_anyway: Iterable[str] = ()) -> tuple[str, bool]:
-    """The last lines of a run, and whether the suite has passed."""
+    """The last lines of a run, and whether it has passed."""
     caught = [verdict for verdict in verdicts if verdict.outcome == CAUGHT and verdict.detail not in failing_anyway]
     without_verdict = [verdict for verdict in verdicts if verdict.outcome in (STALE, BROKEN)]
     share = len(caught) / len(verdicts)
@@ -464,7 +464,7 @@ def summary(verdicts: Sequence[Verdict], failing_anyway: Iterable[str] = ()) -> 
 
 
 def source_digest(root: Path = ROOT, names: Iterable[str] = COPIED) -> str:
-    """A digest of files and folders; without names, of all that verdicts depend on."""
+    """A digest of files and folders; by default, of all that verdicts depend on."""
     digest = hashlib.sha256()
     for name in names:
         paths = (root / name).rglob("*") if (root / name).is_dir() else [root / name]
@@ -475,10 +475,10 @@ def source_digest(root: Path = ROOT, names: Iterable[str] = COPIED) -> str:
 
 
 class VerdictFile:
-    """Verdicts in a file, a line each, for as long as the package and its tests stay as they are.
+    """Verdicts in a file, one per line, valid until the package or its tests change.
 
     Args:
-        path: the file; one of another state is started again. None keeps nothing.
+        path: the file; it is overwritten if its digest differs. None keeps nothing.
         digest: see `source_digest`.
     """
 
@@ -489,7 +489,7 @@ class VerdictFile:
             return
         head, *lines = (path.read_text(encoding="utf-8") if path.is_file() else "").splitlines() or [""]
         for line in lines if head == digest else []:
-            with suppress(ValueError):  # cut short when the run was ended
+            with suppress(ValueError):  # incomplete line of an interrupted run
                 name, *verdict = json.loads(line)
                 self.rows[name] = tuple(verdict)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -497,11 +497,11 @@ class VerdictFile:
         path.write_text("\n".join([digest, *rows, ""]), encoding="utf-8")
 
     def from_data(self, fault: Fault) -> Verdict | None:
-        """The verdict on a fault, if there is one."""
+        """The saved verdict on a fault, if any."""
         return Verdict(fault, *self.rows[fault.identity]) if fault.identity in self.rows else None
 
     def add(self, verdict: Verdict) -> None:
-        """Write a verdict down."""
+        """Save a verdict."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 row = [verdict.fault.identity, verdict.outcome, verdict.detail, verdict.seconds]
@@ -509,7 +509,7 @@ class VerdictFile:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="only faults with this in file or name")
     parser.add_argument("--list", action="store_true", help="print the faults and stop")
@@ -546,7 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             saved.add(verdicts[-1])
             print(verdicts[-1], flush=True)
     finally:
-        pool.shutdown(cancel_futures=True)  # interrupted, finish only the faults under way
+        pool.shutdown(cancel_futures=True)  # if interrupted, only finish the running faults
     tests = sorted({verdict.detail for verdict in verdicts if verdict.outcome == CAUGHT})
     failing_anyway = failing_without_fault(tests, options.limit)
     text, passed = summary(verdicts, failing_anyway)

@@ -1,8 +1,8 @@
-"""Operators that put faults into formulas, on the syntax tree of the code as it stands.
+"""Operators that put faults into formulas, on the syntax tree of the current code.
 
-A formula is a function that has tensors or arrays in its signature, without its docstring, its messages and its checks
-of arguments. Paths that only other devices, compilers or several processes take are left out, and so are guards
-against rounding: a tiny constant that is missing changes nothing that a test could see.
+A formula is a function with tensors or arrays in its signature, without its docstring, messages and checks of
+arguments. Code for other devices, compilers or several processes is left out, and so are guards against rounding, such
+as small constants, whose changes no test could detect.
 """
 
 import ast
@@ -20,7 +20,7 @@ UNARY_FUNCTIONS = {
     *("softmax", "log_softmax", "logsigmoid", "normalize", "cumsum", "floor", "round", "sign", "detach"),
     *("clamp", "clamp_min", "clamp_max", "clip"),
 }
-# those that take an axis as their first argument, or as the one after the tensor
+# functions with an axis as their first argument, or as the one after the tensor
 AXIS_FUNCTIONS = {
     *("sum", "mean", "std", "var", "amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "norm"),
     *("softmax", "log_softmax", "logsumexp", "cumsum", "cumprod", "flip", "unbind", "cat", "stack", "argsort"),
@@ -38,7 +38,7 @@ IGNORED_CALLS = {
     *("isinstance", "hasattr", "getattr", "setattr", "zip", "register_buffer", "warn", "cast", "expand", "view"),
     *("reshape", "unflatten", "new_empty", "empty", "new_zeros", "zeros", "new_ones", "ones", "at_least", "one_of"),
 }
-# values of these arguments are no part of a formula
+# values of these arguments are not part of a formula
 IGNORED_ARGUMENTS = {"device", "dtype", "generator", "strict", "memory_format", "non_blocking", "persistent"}
 IGNORED_CONDITIONS = {
     *("_across_ranks", "is_compiling", "is_exporting", "is_available", "is_initialized", "is_tracing", "device"),
@@ -60,12 +60,12 @@ class Mutant:
 
     Attributes:
         function: its qualified name.
-        operator: what was done, one of a few words.
-        ordinal: counts, from 1, what the operator does in the function.
-        line: where.
-        start: the position of the text that is replaced, in characters.
-        old: that text.
-        new: the text in its place.
+        operator: what was done, in a few words.
+        ordinal: number, from 1, of the change by this operator in the function.
+        line: line number.
+        start: offset of the replaced text, in characters.
+        old: the replaced text.
+        new: the new text.
     """
 
     function: str
@@ -78,7 +78,7 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """Unlike those of the other mutants of the module."""
+        """Unique among the mutants of the module."""
         return f"{self.function}: {self.operator} {self.ordinal}"
 
 
@@ -88,17 +88,17 @@ def mutants_of(source: str) -> list[Mutant]:
 
 
 def detachments_of(source: str) -> list[Mutant]:
-    """The mutants of a module that detach one sub-expression, whether or not it is a tensor that has a gradient."""
+    """The mutants of a module that detach one sub-expression, whether or not it is a tensor with a gradient."""
     return [mutant for _, mutant in _mutants(ast.parse(source), source, (_detach,))]
 
 
 def with_probes(source: str, prefix: str, probe: str) -> ast.Module:
-    """The syntax tree of a module in which each sub-expression passes through a call of a function.
+    """The syntax tree of a module with a function call around each sub-expression.
 
     Args:
         source: the module's text.
-        prefix: what stands before a mutant's name in the function's first argument.
-        probe: the name of the function, which takes that text and the value, and returns what replaces the value.
+        prefix: prepended to a mutant's name in the function's first argument.
+        probe: the name of the function, which takes that name and the value, and returns the new value.
     """
     tree = ast.parse(source)
     names = {node: f"{prefix}{mutant.name}" for node, mutant in _mutants(tree, source, (_detach,))}
@@ -140,7 +140,7 @@ def _mutants(
 
 
 def _formulas(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
-    """The functions with tensors or arrays in their signature; functions inside them belong to them."""
+    """The functions with tensors or arrays in their signature, including their nested functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
             yield from _formulas(node, f"{prefix}{node.name}.")
@@ -160,7 +160,7 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def _called_name(node: ast.AST) -> str:
-    """The last name of what a call calls."""
+    """The last part of the name of the called function."""
     if isinstance(node, ast.Call):
         return getattr(node.func, "attr", getattr(node.func, "id", ""))
     return ""
@@ -187,7 +187,7 @@ def _number(node: ast.AST) -> float | None:
 
 
 def _is_guard(node: ast.AST) -> bool:
-    """Whether an expression only keeps rounding away: a tiny number, or one with a name that says so."""
+    """Whether an expression only guards against rounding: a small number, or one with such a name."""
     value = _number(node)
     if value is not None:
         return 0 < abs(value) < MIN_CONSTANT
@@ -195,7 +195,7 @@ def _is_guard(node: ast.AST) -> bool:
 
 
 def _is_limit(node: ast.AST) -> bool:
-    """Whether large whole numbers or powers of numbers occur: sizes of chunks and the like."""
+    """Whether an expression contains large integers or powers of numbers, such as chunk sizes."""
     for part in ast.walk(node):
         value = _number(part)
         power = isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow) and _number(part.left) is not None
@@ -205,7 +205,7 @@ def _is_limit(node: ast.AST) -> bool:
 
 
 def _is_no_number(node: ast.AST) -> bool:
-    """Whether an operand is a text, a list or a shape."""
+    """Whether an operand is a string, a list or a shape."""
     if isinstance(node, ast.JoinedStr | ast.List | ast.Tuple | ast.Dict | ast.Set | ast.ListComp):
         return True
     if isinstance(node, ast.Constant):
@@ -236,7 +236,7 @@ def _formula_children(node: ast.AST) -> Iterator[ast.AST]:
         yield node.orelse
     elif isinstance(node, ast.Call):
         yield from [] if isinstance(node.func, ast.Name) else [node.func]
-        # whole numbers that max and min bound are sizes of chunks and the like
+        # integers bounded by max and min are chunk sizes and the like
         bounds = isinstance(node.func, ast.Name) and node.func.id in ("max", "min")
         if not bounds and _called_name(node) not in IGNORED_CALLS:
             yield from node.args
@@ -250,7 +250,7 @@ def _formula_children(node: ast.AST) -> Iterator[ast.AST]:
 def _changes(
     function: ast.FunctionDef, operators: tuple[Callable[[ast.AST], Mutants], ...]
 ) -> Iterator[tuple[Any, str, ast.AST]]:
-    """Every node of a function that an operator changes, the operator's name and what takes the node's place."""
+    """The nodes of a function that an operator changes, with the operator's name and the new node."""
     without_gradient = any("no_grad" in ast.unparse(decorator) for decorator in function.decorator_list)
     waiting: list[ast.AST] = [function]
     while waiting:
@@ -269,7 +269,7 @@ def _replace_fields(node: Any, **fields: Any) -> Any:
     return changed
 
 
-# ---- the operators: each takes a node and yields what may take its place ---------------------------------------------
+# ---- operators, from a node to the nodes that may replace it ---------------------------------------------------------
 
 
 def _arithmetic(node: ast.AST) -> Mutants:
@@ -374,7 +374,7 @@ def _axis(node: ast.AST) -> Mutants:
 
 
 def _order(node: ast.AST) -> Mutants:
-    """Swapped arguments; of `where`, the two values."""
+    """Swapped arguments; for `where`, the two values."""
     if not isinstance(node, ast.Call) or _called_name(node) in SYMMETRIC | IGNORED_CALLS:
         return
     first = 1 if _called_name(node) == "where" and _is_module_function(node) else 0

@@ -1,4 +1,4 @@
-"""Keep the rows of comparisons with references: a pytest plugin, loaded by `--parity FILE`."""
+"""A pytest plugin that keeps the rows of comparisons with references, loaded by `--parity FILE`."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 
 
 class ParityRows:
-    """The plugin; a run of some tests replaces the rows of these.
+    """The plugin; rows of the tests in a run replace those of earlier runs.
 
     Args:
-        file: where the rows go, by test.
+        file: JSON file of rows by test.
     """
 
     def __init__(self, file: Path) -> None:
@@ -28,7 +28,7 @@ class ParityRows:
             return
         held = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        # a row a line
+        # one row per line
         tests = [
             f"{json.dumps(test)}: [\n " + ",\n ".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]"
             for test, rows in sorted((held | self.rows).items())

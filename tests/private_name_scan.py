@@ -1,7 +1,7 @@
-"""Uses of private names of libraries in the syntax trees of aezoo.
+"""Scan the syntax trees of aezoo for private names of libraries.
 
-`python tests/private_name_scan.py` prints what the list in `aezoo/training/private_names.py` lacks or no longer needs;
-with --write it corrects the files of each entry, and deletes entries that are no longer used.
+`python tests/private_name_scan.py` prints missing and unused entries of the list in `aezoo/training/private_names.py`;
+with --write it corrects the files of each entry, and deletes unused entries.
 """
 
 import ast
@@ -28,7 +28,7 @@ LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse"
 ROOT = Path(aezoo.__file__).parents[1]
 # documented by Python and IPython
 PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit", "_getframe", "_repr_png_"}
-# keys of Lightning's checkpoints, of weights of other libraries and of a pickle of ours, which are no attributes
+# keys of Lightning's checkpoints, of weights of other libraries and of a pickle of ours, not attributes
 KEYS = {
     "_class_path",
     "_instantiator",
@@ -39,7 +39,7 @@ KEYS = {
     "_cdf_length",
     "_offset",
 }
-# how libraries call the model whose attributes they set, outside of its class
+# names that libraries give to the model when they set its attributes
 _MODEL = "obj|model|module|pl_module|lightning_module"
 
 
@@ -53,7 +53,7 @@ def of_library(module: str) -> bool:
 
 @functools.cache
 def private_attributes(cls: type) -> frozenset[str]:
-    """Private names that a library's class has, or that its methods give to its instances or ask them for."""
+    """Private names that a library's class has, or that its methods set or read on its instances."""
     try:
         stored = re.findall(r"\bself(?:\.|, \")(_\w+)", inspect.getsource(cls))
     except (OSError, TypeError):
@@ -63,14 +63,14 @@ def private_attributes(cls: type) -> frozenset[str]:
 
 @functools.cache
 def set_on_models() -> frozenset[str]:
-    """Private names that Lightning gives to models outside of their classes."""
+    """Private attributes that Lightning sets on models outside of their classes."""
     texts = [path.read_text() for path in sorted(Path(pl.__file__).parent.rglob("*.py"))]
     found = {name for text in texts for name in re.findall(rf"\b(?:{_MODEL})\.(_\w+)(?:: [^=\n]+)? = ", text)}
     return frozenset(filter(is_private, found))
 
 
 def inherited(cls: type) -> set[str]:
-    """Private names that a class of ours has from classes of libraries."""
+    """Private names that a class of ours inherits from classes of libraries."""
     bases = [base for base in cls.__mro__ if of_library(base.__module__) or base.__module__ == "argparse"]
     names = {name for base in bases for name in private_attributes(base)}
     return names | (set_on_models() if issubclass(cls, HyperparametersMixin) else set())
@@ -80,13 +80,13 @@ class File:
     """One file of aezoo.
 
     Attributes:
-        uses: private names used, as far as their path is known: torch._C.x, or only x for what an object has.
+        uses: private names used, with their path if known: torch._C.x, or only x for an attribute of an object.
     """
 
     def __init__(self, path: Path, own: set[str], theirs: set[str]) -> None:
         self.own, self.theirs = own, theirs
         self.uses: dict[str, int] = {}
-        self.paths: dict[str, str] = {}  # of local names of a library's modules and classes
+        self.paths: dict[str, str] = {}  # dotted paths of local names
         tree = ast.parse(path.read_text())
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         self.module = importlib.import_module(name)
@@ -139,7 +139,7 @@ class File:
             self._visit(child, cls)
 
     def _strings(self, nodes: Iterable[ast.AST]) -> None:
-        """Names among strings that attributes or entries of `vars` may be looked up by, also with dots."""
+        """Names among strings, possibly with dots, that may be used to look up attributes or entries of `vars`."""
         for node in nodes:
             text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
             if re.fullmatch(r"\w+(\.\w+)*", text):
@@ -156,7 +156,7 @@ class File:
             self.uses[name] = line
 
     def _path(self, node: ast.AST) -> str | None:
-        """The dotted path of what a library's module holds, None for others."""
+        """The dotted path of a member of a library's module, or None."""
         if isinstance(node, ast.Name):
             return self.paths.get(node.id)
         if isinstance(node, ast.Attribute) and (path := self._path(node.value)) is not None:
@@ -170,7 +170,7 @@ def own_names(tree: ast.AST) -> Iterator[str]:
     yield from own
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            # objects of a library are rarely called like a function of ours
+            # objects of a library rarely have the name of a function of ours
             yield from (
                 [node.attr] if isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"} | own else []
             )
@@ -186,7 +186,7 @@ def classes() -> set[type]:
 
 @functools.cache
 def uses() -> dict[str, tuple[str, ...]]:
-    """The files that use a private name, by its path as far as that is known."""
+    """The files that use each private name, by its path as far as it is known."""
     for module in pkgutil.walk_packages(aezoo.__path__, "aezoo."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
@@ -203,7 +203,7 @@ def uses() -> dict[str, tuple[str, ...]]:
 
 
 def matches(entry: str, use: str) -> bool:
-    """Whether an entry of the list is about a use: the same path, or the same attribute of some object."""
+    """Whether an entry of the list matches a use: the same path, or the same attribute of an object."""
     return entry == use if "." in use else entry.rpartition(".")[2] == use
 
 
@@ -213,13 +213,13 @@ def files_of(entry: str) -> tuple[str, ...]:
 
 
 def unlisted() -> dict[str, tuple[str, ...]]:
-    """Uses that no entry is about."""
+    """Uses that no entry matches."""
     names = [entry.name for entry in PRIVATE_NAMES]
     return {use: files for use, files in uses().items() if not any(matches(name, use) for name in names)}
 
 
 def find(name: str) -> object:
-    """What a path names; for an attribute that only instances have, the class.
+    """The object at a path; for an attribute that only instances have, the class.
 
     Raises:
         LookupError: says which part of the path is missing.
@@ -243,7 +243,7 @@ def find(name: str) -> object:
 
 
 def instance_attributes(cls: type) -> set[str]:
-    """Private names that the packages of a class and its bases give to objects."""
+    """Private attributes that the packages of a class and its bases set on objects."""
     packages = {base.__module__.rpartition(".")[0] or base.__module__ for base in cls.__mro__ if base is not object}
     modules = [m for name, m in sys.modules.items() if name.rpartition(".")[0] in packages or name in packages]
     paths = [Path(getattr(m, "__file__", None) or "") for m in modules]

@@ -1,9 +1,9 @@
-"""The table of promises: what is promised, which test shows it, and the figure that the last run of it gave.
+"""The table of guarantees: each guarantee, the tests that check it, and a figure of the last run of these tests.
 
     python -m tests.promises                        write PROMISES.md from tests/promises.json
-    python -m tests.promises --run [NAME ...]       measure again first, all or some of: fuzz, mutants, resume, ...
+    python -m tests.promises --run [NAME ...]       measure all or some again first: fuzz, mutants, resume, ...
 
-The figures are what the runs themselves count; none is typed.
+The figures are the counts of the runs themselves.
 """
 
 import argparse
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = Path(__file__).with_suffix(".json"), ROOT / "PROMISES.md"
 _SWITCH = "AEZOO_RECORD_PROMISES"
 SLOW = ("-m", "pytest", "-n0", "-q", "-m", "slow or not slow")
-# what measures a figure
+# the command of each run
 RUNS = {
     "fuzz": ("-m", "tests.fuzz", "--files=5000", "--configs=1000", "--out={out}"),
     "mutants": ("-m", "tests.mutants", "--draw=200", "--keep=build/mutants.jsonl", "--out={out}"),
@@ -35,7 +35,7 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Promise:
-    """A row: the promise, the tests that show it, and a figure with the names of its run's counts in braces."""
+    """A row: the guarantee, the tests that check it, and a figure with the names of its run's counts in braces."""
 
     text: str
     tests: tuple[str, ...]
@@ -131,23 +131,23 @@ PROMISES = (
 
 
 def results():
-    """The counts of every run so far."""
+    """The counts of all runs so far."""
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
 
 def is_recording():
-    """Whether this program runs the tests: those that draw cases, or stop early, take them all then and continue."""
+    """Whether this program runs the tests: then tests that draw cases or stop early run all cases."""
     return _SWITCH in os.environ
 
 
 def record(run, counts):
-    """Keep the counts of a run, if it was started by this program; a plain run of the tests writes nothing."""
+    """Save the counts of a run if it was started by this program; other runs write nothing."""
     if is_recording():
         RESULTS.write_text(json.dumps(results() | {run: counts}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def add(run, case, counts):
-    """Count one case of a run: its numbers are summed up over the cases."""
+    """Add the counts of one case to those of a run, which are summed over the cases."""
     held = results().get(run, {})
     cases = held.get("cases", {}) | {case: counts}
     names = sorted({name for case in cases.values() for name in case})
@@ -156,7 +156,7 @@ def add(run, case, counts):
 
 
 def page(counts):
-    """The table as text."""
+    """The page as text."""
     lines = [
         "# Guarantees",
         "",
@@ -174,7 +174,7 @@ def page(counts):
 
 
 def measure(run):
-    """Run what counts; its exit status."""
+    """Run a measurement and return its exit status."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "counts.json"
         before = results()
@@ -190,7 +190,7 @@ def measure(run):
 
 
 def main(arguments=None):
-    """Measure what is asked for, and write the page."""
+    """Measure if requested, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.promises", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", nargs="*", choices=[*RUNS], metavar="NAME", help=f"measure anew: {', '.join(RUNS)}")
     options = parser.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""Settings of small models of pythae, and what pythae computes with them at weights that are drawn.
+"""Settings of small models of pythae, and its outputs with random weights.
 
-    python tests/pythae_fixtures.py        with pythae 0.1.2 beside torch; aezoo is not imported
+    python tests/pythae_fixtures.py        with pythae 0.1.2 in addition to torch; aezoo is not imported
 
 writes to `tests/fixtures/pythae` for each case the `model_config.json` that pythae saves, and an `.npz` with the names
-and shapes of its weights, from which `tests/io/drawn_weights.py` makes the weights again, and with samples, codes,
-reconstructions, terms of the loss and the noise in their order.
+and shapes of its weights, from which `tests/io/drawn_weights.py` draws the weights again, samples, codes,
+reconstructions, terms of the loss, and the noise in the order of its use.
 """
 
 import json
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "MSSSIM_VAE": ("MSSSIM_VAE", {"beta": 0.2, "window_size": 3, **MSE}),
     "VAE_LinNF_planar": ("VAE_LinNF", {"flows": ["Planar", "Planar"], **BCE}),
     "VAE_LinNF_radial": ("VAE_LinNF", {"flows": ["Radial", "Radial", "Radial"], **MSE}),
-    # which the zoo does not represent
+    # no corresponding model in the zoo
     "HVAE": ("HVAE", MSE),
     "RHVAE": ("RHVAE", MSE),
     "PoincareVAE": ("PoincareVAE", MSE),
@@ -72,7 +72,7 @@ def build(kind: str, settings: dict[str, Any]) -> Any:
 
 
 def draw_weights(model: Any) -> dict[str, tuple[int, ...]]:
-    """Give a model the weights that are drawn; their shapes."""
+    """Draw the weights of a model, and return their shapes."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     state = {key: torch.from_numpy(value) for key, value in drawn(shapes, 0).items()}
     model.load_state_dict(state)
@@ -80,7 +80,7 @@ def draw_weights(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 class Noise:
-    """Gives standard normal numbers from a stream that does not change, and keeps them."""
+    """Returns standard normal numbers of a fixed stream, and keeps them."""
 
     def __init__(self) -> None:
         self.numbers, self.given = np.random.RandomState(2), []
@@ -91,7 +91,7 @@ class Noise:
 
 
 def computed(model: Any, kind: str, x: Tensor) -> dict[str, Any]:
-    """What pythae computes."""
+    """Outputs of pythae."""
     noise = Noise()
     out = model.encoder(x)
     mean = out.embedding
@@ -112,7 +112,7 @@ def computed(model: Any, kind: str, x: Tensor) -> dict[str, Any]:
             found |= dict(zip(("recon_loss", "autoencoder_loss", "discriminator_loss"), terms, strict=True))
             found["ratio"] = scores[:, 0] - scores[:, 1]
         else:
-            terms = model({"data": x.clone()}, epoch=100)  # RAE_GP asks for its gradient; warm-ups are over
+            terms = model({"data": x.clone()}, epoch=100)  # RAE_GP needs gradients; at this epoch warm-ups have ended
             found |= {name: value.mean() for name, value in terms.items() if name.endswith("loss")}
             if kind.endswith("IWAE"):
                 of_encoder = terms.get("encoder_loss", terms.loss)

@@ -1,4 +1,4 @@
-"""Commands that end with exit code 2 and say why in one line."""
+"""Commands that end with exit code 2 and one line that says why."""
 
 import pytest
 

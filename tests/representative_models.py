@@ -1,4 +1,4 @@
-"""Models of each kind of network and of what stands between encoder and decoder, for tests too slow for all."""
+"""Models that represent each kind of network and code, for tests that are too slow for all models."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from aezoo.testing import subject_of
 
-# one for each way of looking at a sample, in the default run
+# one for each kind of network, in the default run
 REPRESENTATIVE = ("dense_ae", "conv_ae", "vae", "topk_sae", "mae", "vq_vae")
 
 SLOW_REPRESENTATIVE = (
@@ -25,18 +25,18 @@ BACKBONES = [("vq_vae", RESNET), ("vae", VIT), ("vae", f"{RESNET},frozen")]
 
 
 def others_slow(names: Iterable[str], kept: Iterable[str] = REPRESENTATIVE) -> list[Any]:
-    """The names as parameters of a test that runs by default on those to be kept only."""
+    """The names as test parameters, all but `kept` marked as slow."""
     return [pytest.param(name, marks=[] if name in kept else [pytest.mark.slow]) for name in names]
 
 
-# an export has a copy of their operations for each place of the code; at a third stage there are 16 places, not 49
+# exports copy their operations for each position of the code: 16 positions at a third stage, not 49
 UNROLLED = ("cheng2020", "joint_ar_hyperprior")
 # and for each unit that is chosen in turn
 GREEDY = ("omp_sae", "matching_pursuit_sae")
 
 
 def of_graphs(name):
-    """The model with one stage of its networks, which repeat it; with all where it stands for the others."""
+    """The model with one stage of its networks; representative models have all, unrolled ones three."""
     subject = subject_of(name, k=3) if name in GREEDY else subject_of(name)
     dims = getattr(subject.build(), "hidden_dims", None) or ()
     if name in UNROLLED:

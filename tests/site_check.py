@@ -1,12 +1,12 @@
-"""Check the built site: links and anchors, the markup, and every page in Chromium, narrow and wide, light and dark.
+"""Check the built site: links, anchors, markup, and every page in Chromium, narrow and wide, light and dark.
 
     python -m mkdocs build --strict
     npm pack vnu-jar && tar xzf vnu-jar-*.tgz
     python -m tests.site_check build/site --vnu package/build/dist/vnu.jar
 
-Links are followed in the files. The markup is checked by the Nu HTML checker, npm's vnu-jar, which needs Java. Chromium
-opens each page from a server of this machine: nothing may be written to the console as an error, no picture may be
-missing, nothing may be asked of another host, no page may be wider than the screen, and dark must be dark.
+Links are checked in the files. Markup is checked by the Nu HTML checker, npm's vnu-jar, which needs Java. Chromium
+opens each page from a local server: there must be no console errors, missing images, requests to other hosts or pages
+wider than the screen, and the dark scheme must be dark.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 WIDTHS = (360, 1280)
-# of mkdocs-material's own templates: a checkbox with autocomplete, an empty tabindex, a label of a list
+# errors in mkdocs-material's own templates: a checkbox with autocomplete, an empty tabindex, a label of a list
 OF_THE_THEME = (
     'class="md-toggle"',
     'class="md-nav__link[^"]*" for="__nav_.*tabindex=""',
@@ -35,11 +35,11 @@ OF_THE_THEME = (
 OF_MEDIA = ("img", "script", "source", "iframe", "video", "audio")
 
 
-# ---- links ----------------------------------------------------------------------------------------------------------
+# ---- links -----------------------------------------------------------------------------------------------------------
 
 
 class _Page(HTMLParser):
-    """The anchors of a page, and what it links to or loads."""
+    """The anchors and links of a page, including those to files it loads."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Page(HTMLParser):
 
 
 def broken_links(site: Path) -> list[str]:
-    """Links of the pages that lead to no file or to no anchor of a page."""
+    """Links to missing files or anchors."""
     pages = {path: _Page(path) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
@@ -75,7 +75,7 @@ def broken_links(site: Path) -> list[str]:
     return found
 
 
-# ---- markup ---------------------------------------------------------------------------------------------------------
+# ---- markup ----------------------------------------------------------------------------------------------------------
 
 
 def invalid_markup(site: Path, jar: Path) -> list[str]:
@@ -95,9 +95,9 @@ def invalid_markup(site: Path, jar: Path) -> list[str]:
     return sorted(found.values())
 
 
-# ---- the browser ----------------------------------------------------------------------------------------------------
+# ---- the browser -----------------------------------------------------------------------------------------------------
 
-# not decode(): Chromium sometimes never resolves it, and evaluating has no time limit
+# decode() sometimes never resolves in Chromium, and evaluate has no time limit
 MISSING_PICTURES = """async () => {
   const limit = new Promise(resolve => setTimeout(resolve, 30000));
   for (const i of document.images) i.loading = 'eager';
@@ -105,7 +105,7 @@ MISSING_PICTURES = """async () => {
   await Promise.race([limit, Promise.all([...document.images].map(loaded))]);
   return [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.getAttribute('src'));
 }"""
-# what reaches over the right edge is of no use where a phone cuts it off
+# content beyond the right edge is cut off on phones
 AS_WIDE_AS_SCREEN = "() => document.documentElement.scrollWidth <= document.documentElement.clientWidth + 1"
 BRIGHTNESS = """() => {
   const ofNumbers = text => { const [r, g, b] = text.match(/[\\d.]+/g).map(Number); return (r + g + b) / 765; };
@@ -116,11 +116,11 @@ BRIGHTNESS = """() => {
 
 @contextlib.contextmanager
 def served(site: Path) -> Iterator[str]:
-    """The address of a server of this machine that has the folder's files."""
+    """The address of a local server of the folder's files."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def handle(self) -> None:
-            # of a page that is left before all of it is there
+            # the browser leaves a page before it is loaded
             with contextlib.suppress(ConnectionError):
                 super().handle()
 
@@ -144,13 +144,13 @@ def chromium() -> str | None:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """Chromium without a window."""
+    """Chromium in headless mode."""
     from playwright.sync_api import sync_playwright
 
     if not (path := chromium()):
         raise SystemExit("there is no Chromium here: install it, for instance by apt-get install chromium")
     with sync_playwright() as playwright:
-        # Chromium refuses its sandbox to root, as in a container; the pages are our own
+        # Chromium does not run its sandbox as root, as in a container; the pages are our own
         opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         try:
             yield opened
@@ -159,14 +159,14 @@ def browser() -> Iterator[Any]:
 
 
 def failures_in_browser(site: Path, pages: Mapping[str, Sequence[Path]]) -> list[str]:
-    """What goes wrong when Chromium shows the pages of each colour scheme."""
+    """Failures of the pages in Chromium for each colour scheme."""
     with served(site) as address, browser() as chrome:
         return [text for scheme in pages for text in _failures(chrome, address, site, pages[scheme], scheme)]
 
 
 def _failures(chrome: Any, address: str, site: Path, pages: Sequence[Path], scheme: str) -> list[str]:
     found: list[str] = []
-    # Playwright waits by evaluating text, which a page's own policy may forbid
+    # Playwright waits by evaluating text, which a page's content security policy may forbid
     page = chrome.new_context(color_scheme=scheme, reduced_motion="reduce", bypass_csp=True).new_page()
 
     def note(text: str) -> None:
@@ -188,7 +188,7 @@ def _failures(chrome: Any, address: str, site: Path, pages: Sequence[Path], sche
             note(f"the picture {source} is missing")
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 800})
-            # the menu moves after a change of the width, which takes long on a busy machine: then it is loaded anew
+            # the menu moves after a change of width, which may take long on a busy machine: reload the page then
             if not (_fits(page, 3000) or (page.reload(wait_until="load") and _fits(page, 10000))):
                 note(f"is wider than a screen of {width} pixels")
         background, text = page.evaluate(BRIGHTNESS)
@@ -199,7 +199,7 @@ def _failures(chrome: Any, address: str, site: Path, pages: Sequence[Path], sche
 
 
 def _fits(page: Any, timeout: int) -> bool:
-    """Whether the page becomes as wide as the screen within this time in milliseconds."""
+    """Whether the page is no wider than the screen within this time in milliseconds."""
     try:
         page.wait_for_function(AS_WIDE_AS_SCREEN, timeout=timeout)
     except Exception:
@@ -208,7 +208,7 @@ def _fits(page: Any, timeout: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print what is wrong, and end with 1 if anything is."""
+    """Print failures, and exit with 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m tests.site_check", description=__doc__.splitlines()[0])
     parser.add_argument("site", type=Path, help="folder of the built site")
     parser.add_argument("--vnu", type=Path, metavar="JAR", help="the Nu HTML checker (default: no check of the markup)")

@@ -1,4 +1,4 @@
-"""Long training with hyperparameters drawn at random, and what it does to memory: used by test_soak.py."""
+"""Long trainings with random hyperparameters and their memory use, for test_soak.py."""
 
 import ctypes
 import gc
@@ -35,7 +35,7 @@ LIKELIHOODS = (
     "bernoulli", "continuous_bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned", "laplace", "laplace:learned",
     "discretised_logistic", "beta_binomial", "logcosh", "logcosh:learned", "logit_laplace", "sigmoid_gaussian",
 )  # fmt: skip
-# what is drawn for each argument that a model may have; a test sees that none is forgotten
+# how to draw each argument of the models; a test checks that none is missing
 RANGES = {
     "latent_dim": lambda rng: rng.randint(4, 24),
     "latent_map": lambda rng: rng.random() < 0.5,
@@ -45,7 +45,7 @@ RANGES = {
     "weight_init": lambda rng: rng.choice(WEIGHT_INITS),
     "code_activation": lambda rng: rng.choice([*ACTIVATIONS]),
     "likelihood": lambda rng: rng.choice(LIKELIHOODS),
-    # small: a wild learning rate may diverge, which the fault guard has tests for
+    # small: training with a large learning rate may diverge, which has tests of its own
     "lr": lambda rng: 10 ** rng.uniform(-5, -3),
     "optimizer": lambda rng: rng.choice([name for name in OPTIMIZERS if name != "sgd"]),
     "weight_decay": lambda rng: rng.choice((0.0, 1e-4)),
@@ -263,7 +263,7 @@ RANGES = {
     "lams": lambda rng: sorted(10 ** rng.uniform(-4, -1) for _ in range(rng.randint(1, 4))),
     "mixtures": lambda rng: rng.randint(1, 4),
     "attention": lambda rng: rng.random() < 0.5,
-    # the other two take 3 channels, and samples here have one
+    # the other two need 3 channels, and samples here have one
     "kind": lambda rng: rng.choice([kind for kind in KINDS if kind not in (RAE, CONSISTENCY)]),
     "config": lambda rng: None,
     "pretrained": lambda rng: "none",
@@ -275,7 +275,7 @@ RANGES = {
     "n_subsets": lambda rng: rng.randint(0, 3),
     "groups": lambda rng: [rng.randint(1, 6) for _ in range(rng.randint(1, 4))],
 }
-# values that do not go together, as the constructor would say
+# replaces combinations that constructors refuse
 FIXED = {
     "sparse_ae_kl": {"code_activation": "sigmoid"},
     "compressai": {"width": 8, "latent_dim": 8},
@@ -317,7 +317,7 @@ def arguments(name):
 
 
 def draw(name, seed):
-    """Valid hyperparameters of a model."""
+    """Valid random hyperparameters of a model."""
     rng = random.Random(f"{name} {seed}")
     drawn = {key: RANGES[key](rng) for key in arguments(name)}
     if not drawn.get("likelihood", "").startswith(("gaussian", "laplace", "logcosh")):
@@ -325,20 +325,20 @@ def draw(name, seed):
     return drawn | {key: value for key, value in FIXED.get(name, {}).items() if key in drawn}
 
 
-# glibc keeps what was freed, by chance megabytes more or less from one step to the next: without giving it back first,
-# a growth of less than about 20 KiB a step could not be told from that
+# glibc keeps freed memory, varying by megabytes from one step to the next: without returning it first, growth of
+# less than about 20 KiB per step could not be measured
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def resident():
-    """Bytes of memory that this process has in use; unknown without TRIM (not on Linux with glibc)."""
+    """Bytes of memory in use by this process; needs TRIM (Linux with glibc)."""
     gc.collect()
     TRIM(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 class Watch(pl.Callback):
-    """Memory after every epoch, and whether all terms of the loss were finite."""
+    """Record memory after every epoch, and whether all terms of the loss were finite."""
 
     def __init__(self):
         self.held, self.finite, self.steps = [], True, 0
@@ -351,6 +351,6 @@ class Watch(pl.Callback):
         self.held.append(resident())
 
     def growth(self):
-        """Bytes a step by the slope of a line through the second half of the epochs."""
+        """Growth in bytes per step, by a line fitted to the second half of the epochs."""
         later = self.held[len(self.held) // 2 :]
         return float(np.polyfit(range(len(later)), later, 1)[0]) * len(self.held) / self.steps

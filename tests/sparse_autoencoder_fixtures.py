@@ -1,4 +1,4 @@
-"""Writes small sparse autoencoders as other libraries do, and what these libraries compute with them.
+"""Write small sparse autoencoders in the formats of other libraries, and their outputs by these libraries.
 
     ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py sae_lens
     ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py dictionary_learning
@@ -6,11 +6,11 @@
     ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py sparsify
     ENVIRONMENT/bin/python tests/sparse_autoencoder_fixtures.py openai CHECKOUT
 
-Each environment holds the library (sae-lens 6.54, dictionary-learning 0.1.0, eai-sparsify 1.3.3); FORK is the file
+Each environment has the library (sae-lens 6.54, dictionary-learning 0.1.0, eai-sparsify 1.3.3); FORK is the file
 dictionary_learning/dictionary.py of https://github.com/science-of-finetuning/dictionary_learning at 088e5872957d, or
 its class CrossCoder only; CHECKOUT is sparse_autoencoder/model.py of https://github.com/openai/sparse_autoencoder.
-aezoo is not imported. A case is a folder of tests/fixtures/sparse_autoencoders with the original's files, and beside it
-a file with x, code and output. All weights are random, with a seed a case.
+aezoo is not imported. A case is a folder of tests/fixtures/sparse_autoencoders with the original's files, and a file
+with x, code and output next to it. All weights are random, with a seed per case.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def seed(name: str) -> None:
 
 
 def randomise(module: torch.nn.Module, unit: str = "") -> None:
-    """Weights far from a start, thresholds above 0; directions of norm 1 in the rows or columns of `unit`."""
+    """Random weights and positive thresholds; directions of norm 1 in the rows or columns of `unit`."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.copy_(torch.randn(p.shape) * (0.5 if p.ndim > 1 else 0.4))
@@ -52,7 +52,7 @@ def batch() -> Tensor:
 
 
 def write(name: str, x: Tensor, code: Tensor, output: Tensor) -> None:
-    """The expected values, after a look at whether the case can tell right from wrong."""
+    """Write the expected values, if some but not all latents are active."""
     assert code.shape == (B, N) and 0 < int((code != 0).sum()) < code.numel(), name
     tensors = {"x": x, "code": code, "output": output}
     save_file({key: value.detach().float().contiguous() for key, value in tensors.items()}, OUT / f"{name}.safetensors")
@@ -73,7 +73,7 @@ def sae_lens() -> None:
     from sae_lens.saes import sae as base
 
     def case(name: str, kind: str, unit: bool = False, change: Any = None, **settings: Any) -> None:
-        """A model of today's format; `change` may rewrite the configuration as older versions did."""
+        """A model in the current format; `change` may rewrite the configuration to that of older versions."""
         seed(name)
         path, x = folder(name), batch()
         made = base.SAE.from_dict({"architecture": kind, "d_in": X, "d_sae": N, "metadata": {}, **settings})
@@ -128,7 +128,7 @@ def sae_lens() -> None:
 
 
 def training_checkpoint(name: str, kind: str, settings: dict[str, Any]) -> None:
-    """A checkpoint of training; expected is what the JumpReLU SAE gives that SAELens makes of it."""
+    """A training checkpoint, with the outputs of the JumpReLU SAE that SAELens makes of it."""
     import tempfile
 
     from sae_lens.registry import get_sae_training_class
@@ -149,7 +149,7 @@ def training_checkpoint(name: str, kind: str, settings: dict[str, Any]) -> None:
 
 
 def scopes(loaders: Any, base: Any) -> None:
-    """Formats that SAELens' own loaders read, key by key, from this disk in place of the hub."""
+    """Formats that SAELens reads with its own loaders, by key, from local files instead of the hub."""
     from safetensors.torch import load_file
 
     def local(repo_id: str, filename: str, subfolder: str | None = None, **_: Any) -> str:
@@ -241,7 +241,7 @@ def scopes(loaders: Any, base: Any) -> None:
     }  # fmt: skip
     linear = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}
     weights = dictionary()
-    # its directions have norm 1, so that what SAELens leaves out of the threshold makes no difference
+    # directions have norm 1, so the factor of the threshold that SAELens leaves out makes no difference
     state = {
         key: (weights[other].t() if "W" in other else weights[other]).contiguous() for key, other in linear.items()
     }
@@ -366,7 +366,7 @@ def openai(checkout: str) -> None:
         made = module.Autoencoder(N, X, activation=activation, normalize=name == "openai_topk")
         randomise(made)
         path, x = folder(name), batch()
-        # what its loader takes; torch adds the activation's entries a second time
+        # the state its loader reads; torch adds the activation's entries a second time
         state = {key: value for key, value in made.state_dict().items() if not key.startswith("activation.")}
         torch.save(state, path / "6.pt")
         loaded = module.Autoencoder.from_state_dict(torch.load(path / "6.pt", weights_only=True))

@@ -1,4 +1,4 @@
-"""Arguments that constructors hand on: signatures, checks, hyperparameters, flags and cards name all of them."""
+"""Forwarded constructor arguments: signatures, checks, hyperparameters, command line options and cards."""
 
 import ast
 import copy
@@ -31,7 +31,7 @@ SHARED = ["likelihood", "lr", "optimizer", "weight_decay", "lr_schedule", "warmu
 
 
 class Linear(Autoencoder, defaults={"likelihood": "gaussian", "lr": 0.1}, sparse_code=True):
-    """One layer each way.
+    """One linear layer as encoder and decoder.
 
     Args:
         width: size of the code.
@@ -54,7 +54,7 @@ class Wide(Linear, defaults={"width": 3, "lr": 0.2}):
 
 
 class Fixed(Linear):
-    """A parent's argument that this class sets itself is none of its own.
+    """Sets an argument of its parent itself, which it then no longer takes.
 
     Args:
         depth: unused.
@@ -70,11 +70,11 @@ class Quick(Autoencoder, defaults={"lr": 0.5}):
 
 
 class Mixed(Linear, Quick):
-    """Without defaults of its own."""
+    """Has no defaults of its own."""
 
 
 class Old(VAE):
-    """A model as they were written before.
+    """A model with an explicit constructor, as in earlier versions.
 
     Args:
         input_shape: shape of one sample.
@@ -94,7 +94,7 @@ def defaults(cls: type) -> dict[str, Any]:
     return {name: p.default for name, p in inspect.signature(cls).parameters.items() if name != "input_shape"}
 
 
-# ---- signatures -----------------------------------------------------------------------------------------------------
+# ---- signatures ------------------------------------------------------------------------------------------------------
 
 
 def test_signature_includes_forwarded_arguments():
@@ -121,7 +121,7 @@ def test_fixed_argument_is_removed_from_signature():
 
 
 def test_multiple_inheritance_follows_mro():
-    # Linear's default comes first; without Linear's, that of Quick
+    # the default of Linear comes first, or without one that of Quick
     assert defaults(Mixed)["lr"] == Mixed((4,)).lr == 0.1
 
     class Bare(Autoencoder):
@@ -166,7 +166,7 @@ def test_a_copy_and_a_pickle_keep_arguments():
         assert other.hparams == model.hparams
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------------------
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_wrong_arguments_are_refused_in_the_name_of_the_class():
         aezoo.create_model("beta_vae", (4,), latent_dmi=3)
 
 
-# ---- hyperparameters ------------------------------------------------------------------------------------------------
+# ---- hyperparameters -------------------------------------------------------------------------------------------------
 
 
 def test_hyperparameters_are_complete_without_being_saved():
@@ -220,7 +220,7 @@ def test_a_checkpoint_gives_the_same_model(tmp_path):
 
 def test_old_style_models_are_supported():
     model = Old((4,), latent_dim=2)
-    assert dict(model.hparams) == {"input_shape": (4,), "latent_dim": 2, "extra": "A"}  # as it was when it was saved
+    assert dict(model.hparams) == {"input_shape": (4,), "latent_dim": 2, "extra": "A"}  # value at save_hyperparameters
     assert dict(model.hparams_initial) == dict(model.hparams)
     assert not model.has_prior
     assert model.normal_prior
@@ -234,7 +234,7 @@ def test_ignored_arguments_are_not_hyperparameters():
             self.save_hyperparameters(ignore=["helper"])
 
     assert dict(Helped((4,), helper=len).hparams) == {"input_shape": (4,), "other": None}
-    assert "other" not in Helped((4,), other=nn.Linear(1, 1)).hparams  # its weights are in the checkpoint
+    assert "other" not in Helped((4,), other=nn.Linear(1, 1)).hparams  # modules are saved as weights
 
 
 def test_repeated_save_hyperparameters_has_no_effect():
@@ -259,7 +259,7 @@ def test_star_args_constructor_stores_given_arguments():
     assert dict(Bulk(input_shape=(4,)).hparams) == {"input_shape": (4,)}
 
 
-# ---- traits ---------------------------------------------------------------------------------------------------------
+# ---- traits ----------------------------------------------------------------------------------------------------------
 
 
 def test_traits_are_attributes_and_inherited():
@@ -290,7 +290,7 @@ def test_every_trait_is_described_and_has_a_value():
         assert getattr(Autoencoder, name) in (False, (), "")
 
 
-# ---- for users ------------------------------------------------------------------------------------------------------
+# ---- help, config files and cards ------------------------------------------------------------------------------------
 
 
 def test_variant_help_shows_type_default_and_text(capsys, monkeypatch):
@@ -358,7 +358,7 @@ def span(*nodes: ast.stmt | ast.expr) -> int:
 
 @pytest.mark.slow
 def test_constructors_take_a_fifth_of_the_model_files():
-    """Docstrings of classes, signatures of constructors and their calls of the parent's, of all lines."""
+    """Class docstrings, constructor signatures and super().__init__ calls are at most a fifth of all lines."""
     total = share = 0
     for path in (Path(aezoo.__file__).parent / "models").glob("*/*.py"):
         source = path.read_text(encoding="utf-8")

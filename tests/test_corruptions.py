@@ -29,7 +29,7 @@ def test_gaussian_noise_has_its_moments_unclipped(amount: float) -> None:
 
 
 def test_gaussian_noise_is_scaled_randn_of_the_same_seed() -> None:
-    """The seed alone gives the noise, the target of denoising score matching (Vincent 2011)."""
+    """The noise is that of the seed, the target of denoising score matching (Vincent 2011)."""
     x = torch.rand(3, 2, 9)
     for amount in (0.3, 2.0):
         noise = torch.randn(x.shape, generator=seeded(8))
@@ -56,7 +56,7 @@ def test_salt_and_pepper_replaces_requested_share_evenly(share: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_seed_decides_the_noise(name: str) -> None:
+def test_noise_is_determined_by_the_seed(name: str) -> None:
     c, x = corruption(name), torch.rand(3, 2, 9)
     a, b, other = c(x, seeded(5)), c(x, seeded(5)), c(x, seeded(6))
     assert torch.equal(a, b)

@@ -123,7 +123,7 @@ def test_deprecated_override_in_mixin_is_used():
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 def test_model_with_deprecated_names_trains():
-    """It counts steps, starts from its data and reads its own rows."""
+    """It counts steps, initialises from data and reads its own rows."""
     with pytest.warns(DeprecationWarning, match=MATCH):
 
         class Own(aezoo.model_class("dense_ae")):

@@ -1,4 +1,4 @@
-"""What is detached is a fault if it changes a gradient by more than rounding."""
+"""Tests of the search for detached sub-expressions that change gradients."""
 
 import torch
 from detachments import Probe, differ
@@ -7,7 +7,7 @@ from detachments import Probe, differ
 def test_gradients_differ_by_more_than_rounding():
     right = {"weight": torch.tensor([3.0, 4.0], dtype=torch.float64), "bias": torch.zeros(2, dtype=torch.float64)}
     assert not differ(right, right)
-    assert not differ({"weight": right["weight"]}, right)  # no gradient is one of zero
+    assert not differ({"weight": right["weight"]}, right)  # a missing gradient is zero
     assert not differ({**right, "weight": right["weight"] * (1 + 1e-12)}, right)
     assert not differ({**right, "bias": right["bias"] + 1e-17}, right)
     assert differ({**right, "weight": right["weight"] * (1 + 1e-7)}, right)

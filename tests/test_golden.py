@@ -1,4 +1,4 @@
-"""Golden values agree on every processor, and none of them hangs on a tie that rounding decides."""
+"""Golden values are the same on every processor, and do not depend on ties decided by rounding."""
 
 import copy
 

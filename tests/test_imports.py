@@ -1,4 +1,4 @@
-"""Imports stay within the layers, without circles, and the root imports nothing heavy."""
+"""Imports follow the layers of the package, without cycles, and the root imports nothing heavy."""
 
 import ast
 import sys
@@ -29,7 +29,7 @@ def test_package_root_contains_listed_files_only():
 
 
 def runtime_imports(tree):
-    """Modules that a file imports outside of functions and of `if TYPE_CHECKING`."""
+    """Modules that a file imports outside of functions and `if TYPE_CHECKING`."""
     found, waiting = set(), [tree]
     while waiting:
         node = waiting.pop()
@@ -51,7 +51,7 @@ def test_the_package_imports_only_the_standard_library():
 
 @pytest.mark.slow
 def test_modules_of_the_package_are_imported_by_their_paths():
-    """`aezoo.load_model` inside the package would be an import that the linter does not see."""
+    """`aezoo.load_model` inside the package would be an import that the import linter does not see."""
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
         hidden = [

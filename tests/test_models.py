@@ -1,4 +1,4 @@
-"""The contract over the registry, and proof that each check of it can fail."""
+"""The checks of `aezoo.testing` on all models, and models on which each of them fails."""
 
 import random
 import warnings
@@ -15,10 +15,10 @@ import aezoo
 from aezoo import testing
 from aezoo.testing import CHECKS, SHAPES, SLOW_CHECKS, SharedNoise, check_ddp, check_model, subject_of
 
-# a warning of the contract fails it, whatever pyproject.toml lets pass elsewhere
+# warnings fail the checks, even those that pyproject.toml ignores elsewhere
 strict = pytest.mark.filterwarnings("error")
 ALONE = [check for check in CHECKS if check is not check_ddp]
-# those that need a fit of their own, and hold by the class; check_checkpoint fits variants, too
+# checks with fits of their own, which depend only on the class; check_checkpoint also fits variants
 NOT_OF_VARIANTS = ("check_compile", "check_export", "check_onnx", "check_overfits", "check_state_dict", "check_ddp")
 NOT_OF_VARIANTS += ("check_loop", "check_seed", "check_deterministic_evaluation", "check_resume")
 
@@ -36,21 +36,21 @@ def run(check, *subjects):
         pytest.fail(f"{check.__name__} did not run: {reason}")
 
 
-# graphs take longer than all other checks but check_ddp
+# slower than all other checks except check_ddp
 GRAPHS = (testing.check_compile, testing.check_export, testing.check_onnx)
-# those that fit, or start a run
+# checks that fit or start a run
 FITS = (
     *(testing.check_overfits, testing.check_resume, testing.check_loop, testing.check_checkpoint, testing.check_seed),
     testing.check_deterministic_evaluation,
 )
-# one of each kind of loss: inductor takes most of a minute for each
+# one for each kind of loss: inductor takes most of a minute for each
 COMPILED = ("vae", "vq_vae", "jumprelu_sae", "mean_scale_hyperprior")
-# those that a network of the same kind passes alike
+# networks of the same kind give the same result
 LESS_OFTEN = (
     *(testing.check_bf16, testing.check_inputs_unchanged, testing.check_batch_of_one, testing.check_batch_mean),
     *(testing.check_constructor, testing.check_state_dict),
 )
-# graphs, and what check_resume and the golden values of each model show in part
+# graphs, and checks partly covered by check_resume and the golden values of each model
 REPRESENTATIVE_ONLY = (*GRAPHS, testing.check_overfits, testing.check_seed)
 
 
@@ -59,20 +59,20 @@ def applies(check, cls):
 
 
 def of_models():
-    """Every model with every check that it has something for: another would count as a proof of it."""
+    """Every model with every check that applies to it."""
     for name in own_models():
         for check in ALONE:
             if applies(check, aezoo.model_class(name)):
                 late = (check in FITS and name not in REPRESENTATIVE) or (check in GRAPHS and name != "dense_ae")
                 late |= check in LESS_OFTEN and name not in SLOW_REPRESENTATIVE
-                # a run of the promises runs them on all models, see tests/promises.py
+                # all models if the figures of guarantees are measured, see tests/promises.py
                 all_checks = name in SLOW_REPRESENTATIVE or promises.is_recording()
                 if check in REPRESENTATIVE_ONLY and not all_checks:
                     continue
-                # check_onnx includes it; those of dense_ae are the graphs of the default run
+                # check_onnx includes it; dense_ae represents the graphs in the default run
                 if check is testing.check_export and name != "dense_ae":
                     continue
-                # of those it takes long to overfit, too
+                # these also take long to overfit
                 late |= check is testing.check_overfits and name in ("mae", "vq_vae")
                 marks = [pytest.mark.slow] if late else []
                 yield pytest.param(name, check, id=f"{name}-{name_of_check(check)}", marks=marks)
@@ -103,16 +103,16 @@ def buffers(subject):
 
 
 def with_more_state():
-    """Variants that training changes beside their weights, where it does not change the model with its defaults."""
+    """Variants with buffers that training changes, other than those of the model with its defaults."""
     found = [variant for variant in VARIANTS if buffers(variant) - buffers(subject_of(variant.cls))]
     assert 10 < len(found) < len(VARIANTS)
     return found
 
 
 def not_sample_means():
-    """Models that training changes beside their weights, or whose loss is no mean over samples, and representatives.
+    """Models with buffers that training changes, or whose loss is not a mean over samples, and representatives.
 
-    The gradient of others on two processes is the mean of two gradients, and check_batch_mean shows that theirs is one.
+    For others, the gradient in two processes is the mean of two gradients, as check_batch_mean shows.
     """
     subjects = [subject_of(name) for name in own_models()]
     found = [
@@ -132,7 +132,7 @@ def test_variants_with_state_resume():
 
 
 def with_more_options():
-    """What the codebooks of the variants leave out."""
+    """Options of codebooks that the variants do not have."""
     nets = {"latent_dim": 4, "hidden_dims": (8, 8), "codebook_size": 6}
     revived = {"dead_below": 6.0, "decay": 0.5}
     return [
@@ -152,14 +152,14 @@ def test_two_processes_train_every_model_like_one():
     names = own_models() if promises.is_recording() else not_sample_means()
     backbones = [subject_of(name, net=net) for name, net in BACKBONES]
     others = [*with_more_state(), *backbones, *with_more_options(), broken_models.CorrectModel]
-    run(check_ddp, *map(of_graphs, names), *others)  # in one launch: two processes take half a minute to start
+    run(check_ddp, *map(of_graphs, names), *others)  # in one launch, since two processes take half a minute to start
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", SLOW_CHECKS, ids=name_of_check)
 @pytest.mark.parametrize("name", own_models() if promises.is_recording() else COMPILED)
 def test_model_slowly(name, check):
-    """Every model in a run of the promises, else one of each kind."""
+    """All models if the figures of guarantees are measured, otherwise one of each kind."""
     run(check, name if promises.is_recording() else of_graphs(name))
     promises.add("inductor", name, {"models": 1})
 
@@ -171,7 +171,7 @@ def test_the_registry_takes_vectors_images_sequences_and_volumes():
         assert takers >= {"dense_ae", "vae", "topk_sae"} | ({"conv_ae", "resnet_ae"} if len(shape) > 1 else set())
 
 
-# ---- the checks can fail --------------------------------------------------------------------------------------------
+# ---- models with mistakes --------------------------------------------------------------------------------------------
 
 MISTAKES = [
     ("constructor", broken_models.UndocumentedArgument, "do not describe latent_dim"),
@@ -238,7 +238,7 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("check", "cls", "message"), MISTAKES, ids=[f"{check}-{cls.__name__}" for check, cls, _ in MISTAKES]
 )
-def test_mistake_is_caught(check, cls, message):
+def test_model_with_mistake_fails_check(check, cls, message):
     with pytest.raises(AssertionError, match=message) as caught:
         getattr(testing, f"check_{check}")(cls)
     assert str(caught.value).startswith(f"{cls.__name__} fails check_{check}")
@@ -268,7 +268,7 @@ def test_every_check_has_a_failing_example():
     assert {check.__name__ for check in CHECKS} == {f"check_{name}" for name in caught}
 
 
-# ---- the way a plug-in uses it --------------------------------------------------------------------------------------
+# ---- use by plug-ins -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ def test_check_model_accepts_unregistered_class():
 
 
 class TwoOptimisers(broken_models.CorrectModel):
-    """Uses manual optimisation with two optimisers."""
+    """Manual optimisation with two optimisers."""
 
     automatic_optimization = False
 
@@ -320,7 +320,7 @@ def test_check_model_accepts_hyperparameters_and_aliases():
 
 def test_checks_that_cannot_run_are_reported(monkeypatch):
     class Local(broken_models.CorrectModel):
-        """A class that another process cannot import."""
+        """A local class, which another process cannot import."""
 
     with pytest.raises(SkipTest, match="cannot be imported"):
         check_ddp(Local)
@@ -341,7 +341,7 @@ def test_check_keeps_random_state_and_warning_filters():
     assert warnings.filters == filters
 
 
-# ---- shared noise ---------------------------------------------------------------------------------------------------
+# ---- shared noise ----------------------------------------------------------------------------------------------------
 
 DRAWS = {
     "randn": lambda x: torch.randn(x.shape),

@@ -1,4 +1,4 @@
-"""The list of faults fits the package, and `mutants.py` tells a caught fault from one that is not."""
+"""The listed faults match the package, and `mutants.py` tells caught faults from others."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ QUICK = "aezoo/corruptions.py: GaussianNoise.forward: drop factor 1"
 
 @pytest.fixture(autouse=True)
 def _without_detachments(monkeypatch):
-    """Which of them change a gradient takes minutes to find."""
+    """Skip the search for detachments, which takes minutes."""
     monkeypatch.setattr(mutants, "detachments", lambda patterns: [])
 
 
@@ -118,7 +118,7 @@ def test_interrupted_mutation_run_resumes(tmp_path, monkeypatch, capsys):
     assert mutants.main(call) == 0
     assert len(judged) == every + 1
     assert capsys.readouterr().out.count(f"{every} of {every} faults caught") == 3
-    # of another state nothing counts
+    # verdicts of another state of the files are not used
     monkeypatch.setattr(mutants, "source_digest", lambda: "another")
     assert mutants.main(call) == 0
     assert len(judged) == 2 * every + 1

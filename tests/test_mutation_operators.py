@@ -1,4 +1,4 @@
-"""Operators make the faults that they are named for, in formulas and nowhere else."""
+"""Operators generate the faults that they are named for, in formulas only."""
 
 import ast
 
@@ -9,7 +9,7 @@ from mutation_operators import detachments_of, mutants_of, with_probes
 
 
 def changes(*lines, signature="x: Tensor, y: Tensor) -> Tensor"):
-    """What operators make of a function with these lines: pairs of the operator and the new text."""
+    """The operators and new texts of the mutants of a function with these lines."""
     source = f"def f({signature}:\n" + "".join(f"    {line}\n" for line in lines)
     return [(mutant.operator, mutant.new) for mutant in mutants_of(source)]
 
@@ -61,7 +61,7 @@ def test_no_grad_block_is_mutated_to_enable_grad():
         ["return x + 1e-6"],  # guards against rounding
         ["return x.clamp(min=1e-8)"],
         ["return x.clamp(min=torch.finfo(x.dtype).tiny)"],
-        ["chunk = 2**24 // x.numel()", "return x.split(chunk)"],  # limits of memory
+        ["chunk = 2**24 // x.numel()", "return x.split(chunk)"],  # memory limits
         ["return x if self._across_ranks() else x"],
         ["if torch.compiler.is_compiling():", "    return x - y", "return x"],
         ["return x.unflatten(1, self.sizes[:1] + (2,))"],  # shapes

@@ -1,4 +1,4 @@
-"""Checkpoints and saved models written before the modules were moved keep loading, with the same outputs."""
+"""Checkpoints and saved models written before modules were moved still load, with the same outputs."""
 
 import json
 from pathlib import Path

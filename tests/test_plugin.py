@@ -1,4 +1,4 @@
-"""A real third-party package, pip-installed into an environment of its own beside this one's packages."""
+"""A third-party package, installed with pip into a separate environment that uses the packages of this one."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""PROMISES.md is what `python -m tests.promises` writes, and every test that it names is there."""
+"""PROMISES.md is the output of `python -m tests.promises`, and every test that it names exists."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ def test_figures_are_recorded_only_when_measuring(tmp_path, monkeypatch):
 
 
 def test_warnings_fail_and_ignored_ones_have_a_reason(pytestconfig):
-    """None is ignored of the contract, see tests/test_models.py: what it lets pass, `aezoo.testing` says itself."""
+    """The checks of models ignore none, see tests/test_models.py; `aezoo.testing` has its own filters."""
     first, *ignored = pytestconfig.getini("filterwarnings")
     assert first == "error" and all(line.startswith("ignore:") for line in ignored)
     text = (promises.ROOT / "pyproject.toml").read_text(encoding="utf-8")

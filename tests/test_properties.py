@@ -1,4 +1,4 @@
-"""What holds for every model and data source, whatever the shapes, values and numbers of samples."""
+"""Properties of every model and data source, for any shapes, values and numbers of samples."""
 
 import math
 import warnings
@@ -29,7 +29,7 @@ shapes = st.one_of(
     st.tuples(st.integers(1, 4), sides, sides),
     st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)),
 )
-# each fills a batch, or a part of it
+# values that fill a batch or a part of it
 TINY = float(np.nextafter(np.float32(0), np.float32(1)))
 values = st.sampled_from(["random", "zero", "one", "denormal", "edges", "constant"])
 DENOISERS = ("dncnn", "noise2noise", "noise2void")
@@ -37,14 +37,14 @@ ON_FROZEN_FEATURES = ("fre", "padim", "patchcore", "student_teacher", "reverse_d
 MASKED = ("mae", "simmim", "masked_conv_ae", "ijepa")
 SMALL = {"latent_dim": 3, "hidden_dims": (5, 4), "k": 2, "depth": 2, "codebook_size": 5, "heads": 1}
 SMALL |= {"groups": (1, 2), "hyper_dim": 2, "hyper_hidden_dims": (3,)}
-# without another net
+# models that need a grid unless they have another net
 ON_A_GRID = [
     name for family in ("quantised", "compression", "latent_diffusion") for name in aezoo.list_models(family=family)
 ]
 
 
 def small(name, shape):
-    """A model that is built in a millisecond, or None if the model refuses the shape in one line."""
+    """A model that is built in a millisecond, or None if it refuses the shape with a message of one line."""
     known = aezoo.registry.hyperparameters(name)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -113,7 +113,7 @@ def test_evaluation_is_independent_of_batch(name, shape, n, kind, seed):
     x = batch(n, shape, kind, seed)
     with torch.no_grad():
         for function in (model.encode, model, model.score):
-            # a batch of another size may be summed in another order
+            # sums may have another order in a batch of another size
             torch.testing.assert_close(function(x)[:1], function(x[:1]), rtol=1e-4, atol=1e-5)
             assert torch.equal(function(x), function(x))
 
@@ -160,11 +160,11 @@ def test_invalid_batch_is_refused_in_one_line(name, shape, n, fault, seed):
     assert len(str(refusal.value).splitlines()) == 1
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def read(x, y=None, **settings):
-    """The DataModule of arrays and its splits, or the words with which they are refused."""
+    """The DataModule of arrays and its splits, or the message with which they are refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -192,7 +192,7 @@ def test_arrays_give_floats_in_disjoint_splits(shape, n, kind, scale, fractions,
     rng = np.random.default_rng(seed)
     low, high = {"bool": (0, 2), "uint8": (0, 256), "uint16": (0, 2**16)}.get(kind, (-1000, 1000))
     x = rng.integers(low, high, (n, *shape)).astype(kind)
-    # the number of a sample is its label, so that splits can be told apart
+    # the label of a sample is its number, so that splits can be told apart
     y = np.arange(n)
     settings = {
         "val_fraction": fractions[0],
@@ -204,7 +204,7 @@ def test_arrays_give_floats_in_disjoint_splits(shape, n, kind, scale, fractions,
     data, parts, message = read(x, y if labelled else None, **settings)
     if message is not None:
         assert len(message.splitlines()) == 1
-        # two values alone can be the same in all training samples; what is not scaled must not be text
+        # a feature may be constant in few training samples, and values that are not scaled must be numbers
         assert "constant" in message or kind == "bool" or scale != "auto", message
         return
     assert set(parts) == {"train"} | {s for s, f in zip(("val", "test"), fractions, strict=True) if f}
@@ -270,7 +270,7 @@ def test_invalid_arrays_are_refused_in_one_line(shape, fault, seed):
 
 
 def test_missing_input_check_is_detected(monkeypatch):
-    """The refusals above come from the check and not from torch by luck."""
+    """Without the check of inputs, NaN is not refused by torch."""
     monkeypatch.setattr(Autoencoder, "check_batch", lambda self, x: None)
     model = small("dense_ae", (4,)).train()
     assert model.training_step((torch.full((2, 4), math.nan),), 0)["loss"].isnan()

@@ -1,4 +1,4 @@
-"""Names, families, plug-ins and cards; the plug-ins are real distributions on the path, without pip."""
+"""Names, families, plug-ins and cards; plug-ins are distributions on the path, without pip."""
 
 import ast
 import importlib
@@ -64,7 +64,7 @@ def python(code):
     return done.stdout.strip()
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_models_of_the_zoo():
@@ -143,7 +143,7 @@ def test_search_matches_parts_of_names_and_families():
     ("asked", "meant"),
     [("vea", "vae"), ("VEA", "vae"), ("dens-ae", "dense_ae"), ("convolutionl", "convolutional"), ("topk", "topk_sae")],
 )
-def test_an_unknown_name_suggests(asked, meant):
+def test_unknown_name_suggests_a_similar_one(asked, meant):
     for call in (aezoo.create_model, aezoo.model_class, registry.card):
         with pytest.raises(AezooError, match=f"unknown model '{asked}', did you mean .*'{meant}'"):
             call(asked)
@@ -154,7 +154,7 @@ def test_dissimilar_name_gets_no_suggestion():
         aezoo.create_model("qqqqqq")
 
 
-def test_an_unknown_hyperparameter_suggests():
+def test_unknown_hyperparameter_suggests_a_similar_one():
     with pytest.raises(AezooError, match="vae has no hyperparameter 'latent_dims': did you mean 'latent_dim'"):
         aezoo.create_model("variational", input_shape=(4,), latent_dims=3)
     with pytest.raises(AezooError, match=r"vae has no hyperparameter 'qqqq': It has latent_dim, .*beta"):
@@ -176,13 +176,13 @@ def test_names_and_classes_roundtrip(name):
 
 def test_unregistered_class_has_no_name():
     class Mine(aezoo.model_class("vae")):
-        """Registered nowhere."""
+        """A class that is not registered."""
 
     assert registry.name_of(Mine) is None
     assert registry.name_of(aezoo.Autoencoder) is None
 
 
-# ---- plug-ins -------------------------------------------------------------------------------------------------------
+# ---- plug-ins --------------------------------------------------------------------------------------------------------
 
 
 def test_plugin_model_is_listed_and_created(install):
@@ -306,7 +306,7 @@ def test_card_of_missing_plugin_module_names_package(install, tmp_path):
         registry.card("gone_ae")
 
 
-# ---- cards ----------------------------------------------------------------------------------------------------------
+# ---- cards -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", own_models())
@@ -365,7 +365,7 @@ def test_card_describes_reexported_class(tmp_path, monkeypatch, install):
     assert ("width", "int", "3", "") in card.parameters
     (home / module / "far_away" / "own.py").unlink()
     assert registry.card("handed_ae").parameters == ()
-    # in a ring nobody defines it
+    # a cyclic import, in which no module defines the class
     (home / module / "far_away" / "models.py").write_text("from handing_on import Handed as MyAE\n")
     assert registry.card("handed_ae").parameters == ()
 

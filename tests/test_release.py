@@ -1,4 +1,4 @@
-"""What must hold before a version is tagged, and that installation is described in one place."""
+"""Requirements for tagging a version, and installation instructions in one place only."""
 
 import importlib.util
 import re
@@ -14,7 +14,7 @@ import aezoo
 from aezoo.errors import install_hint
 
 ROOT = Path(__file__).parents[1]
-# texts for users and contributors that say how a checkout is installed
+# the only texts for users and contributors with instructions to install a checkout
 PLACES = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/start.md", "mkdocs.yml"}
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -89,7 +89,7 @@ def test_tag_of_another_version_is_refused(ready):
 def test_installation_of_a_checkout_is_described_once():
     said = re.compile(r"pip install (?:-e )?['\"]?\.(?:\[|['\"]?(?: in a checkout|, then|\s*&&))")
     texts = {name: text for name, text in release.texts(ROOT) if not name.startswith(("tests/", ".ci/", ".github/"))}
-    # cards of pretrained weights are written with install_hint
+    # cards of pretrained weights contain install_hint
     cards = {name: text.replace(install_hint(), "") for name, text in texts.items() if name.startswith("docs/weights/")}
     assert {name for name, text in (texts | cards).items() if said.search(text)} == PLACES
 

@@ -1,4 +1,4 @@
-"""Skips: none for want of a package, and each listed in CONTRIBUTING.md with its reason."""
+"""No test is skipped because of a missing package, and each skip is listed in CONTRIBUTING.md with its reason."""
 
 import re
 from pathlib import Path
@@ -25,5 +25,5 @@ def test_every_skip_is_listed_in_contributing(sources: dict[str, str]) -> None:
     text = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     table = text.split("## Skipped tests")[1].split("\n## ")[0].split("|---|---|---|")[1]
     listed = set(re.findall(r"`(tests/[\w/]+\.py)`", table))
-    # scikit-learn raises its own
+    # skips raised by scikit-learn
     assert listed - {"tests/test_sklearn.py"} == {name for name, text in sources.items() if SKIP.search(text)}

@@ -1,4 +1,4 @@
-"""scikit-learn's face: its own checks, and laws against its own estimators."""
+"""The scikit-learn interface: its own estimator checks, and comparisons with its estimators."""
 
 import copy
 import logging
@@ -43,13 +43,13 @@ def digits():
 
 
 def gaussian(n, seed=0):
-    """Samples of N(mean, C) with a falling spectrum, in units that need no scaling."""
+    """Samples of N(mean, C) with decreasing eigenvalues, in units that need no scaling."""
     random = np.random.default_rng(seed)
     axes, _ = np.linalg.qr(random.normal(size=(6, 6)))
     return random.normal(size=(n, 6)) @ np.diag([2, 1.5, 0.5, 0.3, 0.2, 0.1]) @ axes.T + random.normal(size=6)
 
 
-# they want exactly the contamination among the training samples, which a threshold from other samples cannot give
+# these checks want exactly the contamination among training samples, but the threshold is from held-out samples
 OF_TRAINING_SHARE = ("check_outliers_train", "check_outliers_fit_predict")
 
 
@@ -58,10 +58,10 @@ def of_training_share(estimator):
     return dict.fromkeys(OF_TRAINING_SHARE, "the threshold is for new samples") if held_out else {}
 
 
-# no other check is expected to fail; the one on array libraries is left out by scikit-learn unless SCIPY_ARRAY_API=1 is
-# set before SciPy is imported, for a library that nothing here uses; with it, it passes
+# no other check is expected to fail; scikit-learn skips the check of array libraries unless SCIPY_ARRAY_API=1 is set
+# before SciPy is imported, for a library that is not used here; with it, the check passes
 @parametrize_with_checks([cls(**FEW) for cls in ALL], expected_failed_checks=of_training_share)
-def test_scikit_learn_s_own_checks(estimator, check):
+def test_scikit_learn_estimator_checks(estimator, check):
     check(estimator)
 
 
@@ -118,7 +118,7 @@ def test_unsupervised_models_ignore_labels():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", ["none", "standard"])
-def test_a_linear_autoencoder_reconstructs_as_pca_does(scale):
+def test_linear_autoencoder_reconstructions_match_pca(scale):
     X = gaussian(600)
     ours = AutoencoderTransformer(
         "linear_ae", 2, scale=scale, max_epochs=150, batch_size=100, lr=0.01, random_state=0
@@ -127,7 +127,7 @@ def test_a_linear_autoencoder_reconstructs_as_pca_does(scale):
     expected = theirs.inverse_transform(theirs.transform(X))
     found = ours.inverse_transform(ours.transform(X))
     assert np.allclose(found, ours.reconstruct(X), atol=1e-5)
-    # the tolerance: a thousandth of the data's variance apart, and an error within 1 % of the least there can be
+    # tolerance: 0.001 of the variance of the data, and an error within 1 % of the minimum
     s = X.std(0) if scale == "standard" else 1
     spread = (((X - X.mean(0)) / s) ** 2).mean()
     assert (((found - expected) / s) ** 2).mean() < 0.001 * spread
@@ -135,7 +135,7 @@ def test_a_linear_autoencoder_reconstructs_as_pca_does(scale):
 
 
 @pytest.mark.slow
-def test_a_detector_orders_a_gaussian_as_mahalanobis_does():
+def test_detector_ranks_gaussian_like_mahalanobis():
     # -ELBO of a linear VAE at its optimum is -log p(x) of probabilistic PCA (Lucas et al. 2019, arXiv:1911.02469)
     random = np.random.default_rng(0)
     axes, _ = np.linalg.qr(random.normal(size=(6, 2)))
@@ -151,7 +151,7 @@ def test_a_detector_orders_a_gaussian_as_mahalanobis_does():
 
 
 @pytest.mark.slow
-def test_a_linear_denoiser_is_wiener_s_filter():
+def test_linear_denoiser_is_wiener_filter():
     X, unseen = np.split(gaussian(4000), [3000])
     noisy = unseen + np.random.default_rng(5).normal(0, 0.5, unseen.shape)
     linear = {"hidden_dims": (), "lr_schedule": "cosine"}
@@ -172,7 +172,7 @@ def test_a_linear_denoiser_is_wiener_s_filter():
 def test_score_samples_is_in_data_units(scale):
     X = gaussian(80) * [1, 10, 100, 1, 1, 1]
     model = AutoencoderTransformer("dense_ae", scale=scale, likelihood="gaussian:0.5", **FEW).fit(X)
-    # N(x_hat, (0.5 s_i)^2) for each feature, s_i its scale
+    # N(x_hat, (0.5 s_i)^2) for each feature, with the scale s_i
     deviation = 0.5 * {"none": np.ones(6), "standard": X.std(0), "unit": np.ptp(X, 0)}[scale]
     residual = (X - model.reconstruct(X)) / deviation
     expected = (-0.5 * residual**2 - np.log(deviation) - 0.5 * np.log(2 * np.pi)).sum(1)
@@ -189,7 +189,7 @@ def test_bernoulli_score_samples_is_unscaled():
     offset, scale = detector.offset_of_scale_, detector.scale_
     x, p = ((rows - X.min(0)) / np.ptp(X, 0) for rows in (X, model.reconstruct(X)))
     assert np.allclose(model.score_samples(X), (x * np.log(p) + (1 - x) * np.log1p(-p)).sum(1), atol=1e-4)
-    # a detector compares with a perfect reconstruction; samples that training left out may lie outside [0, 1]
+    # the detector compares with a perfect reconstruction; held-out samples may lie outside [0, 1]
     x, p = ((rows - offset) / scale for rows in (X, detector.reconstruct(X)))
     inside = ((x >= 0) & (x <= 1)).all(1)
     x = x.clip(0, 1)
@@ -272,12 +272,12 @@ def test_share_of_new_samples_flagged_is_contamination(name, epochs):
     model = AutoencoderDetector(name, max_epochs=epochs, batch_size=64, lr=1e-2, random_state=0).fit(X[:400])
     assert model.n_calibration_ == 80
     flagged = (model.predict(X[400:]) == -1).sum()
-    # 80 held-out samples and new ones are exchangeable, and so are those of partial_fit
+    # 80 held-out samples and new ones are exchangeable, also after partial_fit
     low, high = betabinom(2000, 8, 81 - 8).ppf([0.005, 0.995])
     assert low <= flagged <= high
     again = model.partial_fit(X[:400])
     assert low <= (again.predict(X[400:]) == -1).sum() <= high
-    if epochs == 80:  # the training samples would give another threshold
+    if epochs == 80:  # with the training samples, the threshold would be another
         trained = model.set_params(calibration_fraction=0.0, anomaly_score="deviance").fit(X[:400])
         assert (trained.predict(X[:400]) == -1).sum() == 40 and (trained.predict(X[400:]) == -1).mean() > 0.5
 
@@ -299,7 +299,7 @@ def test_auto_score_depends_on_model_and_shape():
 
 
 def test_default_detector_finds_anomalies_without_error():
-    # along the axis of the largest variance, a code of one number describes outliers exactly
+    # a one-dimensional code represents outliers along the axis of largest variance exactly
     random = np.random.default_rng(0)
     X, new = (np.outer(random.normal(size=n), np.ones(5)) + 0.1 * random.normal(size=(n, 5)) for n in (400, 200))
     y, new = np.repeat([0, 1], 100), new + np.repeat([0, 6], 100)[:, None]
@@ -316,7 +316,7 @@ def test_combined_score_is_pickled_with_its_model():
     found = AutoencoderDetector(**FEW).fit(X)
     again = pickle.loads(pickle.dumps(found))
     assert np.array_equal(again.score_samples(X), found.score_samples(X)) and again.offset_ == found.offset_
-    # a later fit without it leaves nothing of it
+    # a later fit with another score keeps nothing of it
     found.set_params(anomaly_score="deviance").fit(X)
     assert np.allclose(pickle.loads(pickle.dumps(found)).score_samples(X), found.score_samples(X), rtol=1e-6)
 
@@ -343,7 +343,7 @@ def test_detector_p_values_are_conformal_and_control_fdr():
         AutoencoderDetector(**FEW, calibration_fraction=0.0).fit(X).predict(new, fdr=0.1)
 
 
-def test_few_samples_set_aside_as_many_as_threshold_needs():
+def test_small_sets_hold_out_enough_samples_for_threshold():
     counts = {n: AutoencoderDetector(**FEW).fit(gaussian(n)).n_calibration_ for n in (1, 2, 12, 30, 100)}
     assert counts == {1: 0, 2: 1, 12: 6, 30: 9, 100: 20}
 
@@ -416,7 +416,7 @@ def test_pandas_frames_are_supported():
     assert np.allclose(model.inverse_transform(codes), model.reconstruct(X), atol=1e-5)
     clean = AutoencoderDenoiser(**FEW).set_output(transform="pandas").fit(X).transform(X)
     assert list(clean.columns) == list("abcdef")
-    # names that are right are no reason for a warning, in fit either
+    # matching names give no warning, in fit either
     assert (AutoencoderDetector(**FEW, calibration_fraction=0.0).fit_predict(X) == -1).sum() == 4
     parts = ColumnTransformer(
         [("codes", AutoencoderTransformer(**FEW), ["a", "b", "c"]), ("rest", "passthrough", ["d"])]
@@ -446,7 +446,7 @@ def test_estimator_ignores_torch_default_dtype():
 
 @pytest.mark.parametrize("light", [True, False])
 def test_random_state_is_deterministic_and_keeps_global_rng(light, monkeypatch):
-    if not light:  # Lightning's own loop seeds NumPy's and Python's streams too, for models of others
+    if not light:  # Lightning's own loop also seeds NumPy and Python, which other libraries' models may use
         monkeypatch.setattr(fast_loop, "install_fast_loop", lambda trainer: False)
     X = gaussian(60)
 
@@ -532,19 +532,19 @@ def test_partial_fit_continues_training():
 
 
 def left_out(x):
-    """The samples of a call that are left out, and those that are trained on."""
+    """The held-out samples of a call, and those that are trained on."""
     n = min(max(round(0.2 * len(x)), 9), len(x) // 2)
     rows = np.random.default_rng(0).permutation(len(x))
     return x[rows[:n]], x[np.sort(rows[n:])]
 
 
 @pytest.mark.parametrize("score", ["combined", "deviance"])
-def test_threshold_of_a_stream_is_that_of_its_last_samples(score):
+def test_partial_fit_threshold_uses_last_held_out_samples(score):
     parts = np.split(gaussian(300), 5)
     model = AutoencoderDetector(**FEW, anomaly_score=score, stream_window=100)
     for part in parts:
         model.partial_fit(part)
-    # 20 of 100 samples, of which a call leaves out 12
+    # 20 of 100 samples; each call holds out 12
     held_out = np.concatenate([left_out(part)[0] for part in parts])[-20:]
     assert model.n_calibration_ == 20
     assert model.offset_ == pytest.approx(-held_out_threshold(-model.score_samples(held_out), 0.1))
@@ -554,7 +554,7 @@ def test_threshold_of_a_stream_is_that_of_its_last_samples(score):
         assert all(torch.equal(anew.state[name], value) for name, value in model._combined.state.items())
     again = pickle.loads(pickle.dumps(model))
     assert again.partial_fit(parts[0]).offset_ == copy.deepcopy(model).partial_fit(parts[0]).offset_
-    # a fit starts again, and keeps no samples
+    # a new fit starts again and discards held-out samples
     assert model.fit(parts[0]).n_calibration_ == 12 and not hasattr(model, "_recent")
     with pytest.raises(AezooError, match="stream_window must be at least 1, got 0"):
         model.set_params(stream_window=0).partial_fit(parts[0])
@@ -564,7 +564,7 @@ def test_threshold_of_a_stream_is_that_of_its_last_samples(score):
 def test_threshold_follows_a_drifting_stream():
     rng = np.random.default_rng(0)
     first = AutoencoderDetector(**FEW).fit(rng.normal(size=(200, 4)))
-    # a small part alone has few samples for a threshold
+    # with a window of 1, the threshold is that of the few samples of the last call
     follows, forgets = (AutoencoderDetector(**FEW, stream_window=n) for n in (400, 1))
     shares = {"follows": [], "forgets": []}
     for step in range(25):
@@ -576,7 +576,7 @@ def test_threshold_follows_a_drifting_stream():
         part = rng.normal(mean, 1, (40, 4))
         follows.partial_fit(part), forgets.partial_fit(part)
     assert (first.predict(new) == -1).mean() > 0.5
-    # in mean somewhat above the contamination of 0.1, since the stream has moved on
+    # on average somewhat above the contamination of 0.1, since the distribution drifts
     assert 0.07 < np.mean(shares["follows"]) < 0.2
     assert np.std(shares["follows"]) < np.std(shares["forgets"])
     strange = new + rng.choice([-6, 6], size=new.shape)
@@ -646,12 +646,12 @@ def test_values_beyond_float32_are_refused(scale):
     model = AutoencoderTransformer(scale=scale, **FEW).fit(X)
     with pytest.raises(AezooError, match=words):
         model.transform(1e39 * X)
-    if scale != "unit":  # between 0 and 1 whatever it was, while a variance of 1e600 is nothing to divide by
+    if scale != "unit":  # scaled values are between 0 and 1, but a variance of 1e600 overflows
         with pytest.raises(AezooError, match=words):
             model.fit(1e300 * X)
 
 
-# ---- missing parts --------------------------------------------------------------------------------------------------
+# ---- missing parts ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -662,7 +662,7 @@ def test_models_of_missing_parts_take_nan(estimator):
     made = estimator("mvae", **FEW).fit(X)
     assert made.__sklearn_tags__().input_tags.allow_nan and not estimator("vae").__sklearn_tags__().input_tags.allow_nan
     assert np.isfinite(made.score_samples(X)).all() and np.isfinite(made.reconstruct(X)).all()
-    if estimator is AutoencoderTransformer:  # the detector leaves samples out
+    if estimator is AutoencoderTransformer:  # the detector holds samples out
         assert made.offset_of_scale_ == pytest.approx(np.nanmean(X, 0))
         assert made.scale_ == pytest.approx(np.nanstd(X, 0))
     for rows in (np.s_[4, 1], np.s_[4, :]):
@@ -676,8 +676,8 @@ def test_models_of_missing_parts_take_nan(estimator):
 
 
 @pytest.mark.slow
-def test_density_of_a_missing_part_is_left_out():
-    """Changing the units of values that a sample lacks changes its log-likelihood by nothing."""
+def test_missing_values_do_not_change_log_likelihood():
+    """Changing the units of missing values does not change the log-likelihood of a sample."""
     X = np.random.default_rng(0).normal(size=(60, 6))
     X[::3, :3] = np.nan
     wide = X * np.array([10, 10, 10, 1, 1, 1])

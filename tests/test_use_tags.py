@@ -1,4 +1,4 @@
-"""Tags by use: every model has some, the class and its source agree, and what a tag promises works."""
+"""Tags by use: every model has some, class and source agree, and the command for each tag works."""
 
 import ast
 
@@ -18,7 +18,7 @@ from aezoo.testing import subject_of
 from aezoo.testing.subject import quiet_and_isolated
 from aezoo.training.traits import TAGS
 
-# what issue 41 lists, and denoising, for models that are neither for codes nor for samples
+# denoising is for models used neither for their codes nor for samples
 FIXED = {
     *("anomaly", "generation", "compression", "representation", "disentanglement", "interpretability"),
     *("multimodal", "tokenizer", "latent diffusion", "imputation", "denoising"),
@@ -101,11 +101,11 @@ def test_a_class_inherits_tags_or_declares_them():
         type("Odd", (aezoo.Autoencoder,), {}, tags="anomaly")
 
 
-# ---- what tags promise ----------------------------------------------------------------------------------------------
+# ---- commands for tagged models --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("anomaly"), REPRESENTATIVES))
-def test_anomaly_detects(name):
+def test_anomaly_models_work_with_detect(name):
     model, x = built(name)
     with quiet_and_isolated():
         result = aezoo.detect(model, x, baselines=False, n_shown=0)
@@ -113,7 +113,7 @@ def test_anomaly_detects(name):
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("generation"), REPRESENTATIVES))
-def test_generation_generates(name):
+def test_generation_models_work_with_generate(name):
     model, x = built(name)
     if model.has_prior:
         samples = aezoo.generate(model, n=3).samples
@@ -124,22 +124,22 @@ def test_generation_generates(name):
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("compression"), REPRESENTATIVES))
-def test_compression_writes_files_that_open(name, tmp_path):
+def test_compression_models_write_files(name, tmp_path):
     model, x = built(name)
     result = aezoo.compress(model, x, compare=False, out=str(tmp_path))
-    assert result.mode != "lossless"  # its own code, not bits back
+    assert result.mode != "lossless"  # the model's own code, not bits-back coding
     assert list(tmp_path.glob("*.aez"))
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("representation"), REPRESENTATIVES))
-def test_representation_embeds(name):
+def test_representation_models_work_with_embed(name):
     model, x = built(name)
     codes = torch.as_tensor(aezoo.embed(model, x, n_shown=0).codes)
     assert codes.shape == (len(x), *model.code_shape) and torch.isfinite(codes).all()
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("denoising"), REPRESENTATIVES))
-def test_denoising_denoises(name):
+def test_denoising_models_work_with_denoise(name):
     model, x = built(name)
     result = aezoo.denoise(model, x, corrupt="gaussian:0.2", baselines=False, n_shown=0)
     assert torch.isfinite(torch.as_tensor(result.x_hat)).all() and result.x_hat.shape == x.shape
@@ -147,7 +147,7 @@ def test_denoising_denoises(name):
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("imputation"), REPRESENTATIVES))
-def test_imputation_ignores_what_is_missing(name):
+def test_imputation_ignores_missing_values(name):
     model, x = built(name)
     if isinstance(model, Multimodal):
         first = model.split(x)[0]
@@ -168,7 +168,7 @@ def test_imputation_ignores_what_is_missing(name):
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("disentanglement"), REPRESENTATIVES))
-def test_disentanglement_has_numbers_to_vary(name):
+def test_disentanglement_models_have_a_vector_code(name):
     model, x = built(name)
     assert len(model.code_shape) == 1 and model.code_shape[0] > 1
     walk = torch.as_tensor(aezoo.generate(model, x, traverse=True, walks=1, steps=2, fit_on=x).samples)
@@ -176,7 +176,7 @@ def test_disentanglement_has_numbers_to_vary(name):
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("tokenizer"), REPRESENTATIVES))
-def test_tokenizer_gives_tokens(name):
+def test_tokenizers_give_tokens(name):
     model, x = built(name)
     if model.discrete_code:
         indices = model.encode_indices(x)
@@ -188,22 +188,22 @@ def test_tokenizer_gives_tokens(name):
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("latent diffusion"), REPRESENTATIVES))
-def test_latent_diffusion_has_codes_with_places(name):
+def test_latent_diffusion_codes_have_positions(name):
     model, x = built(name)
     assert len(model.code_shape) >= 2 and model.encode(x).shape == (len(x), *model.code_shape)
 
 
 @pytest.mark.parametrize("name", others_slow(tagged("interpretability"), REPRESENTATIVES))
-def test_interpretability_has_a_dictionary(name):
+def test_interpretability_models_have_a_dictionary(name):
     model, x = built(name)
     assert isinstance(model.decoder, Dictionary)
     assert model.encode(x).shape == (len(x), *model.code_shape)
 
 
-def test_multimodal_has_parts():
+def test_multimodal_models_are_tagged():
     named = {name for name in own_models() if issubclass(aezoo.model_class(name), Multimodal)}
     assert named == set(tagged("multimodal"))
-    # completing a sample from some of its parts is what every one of them does
+    # all of them complete samples from some of their parts
     assert named < set(tagged("imputation"))
 
 

@@ -120,7 +120,8 @@ class DrawingTime:
             if self._allowed:
                 self._cost = self._spent - self._before
             self._epoch, self._before = epoch, self._spent
-            self._allowed = self._spent + self._cost <= _SHARE * (time.monotonic() - self._started)
+            # twice, since those at the end of training are always drawn
+            self._allowed = self._spent + 2 * self._cost <= _SHARE * (time.monotonic() - self._started)
         return self._allowed
 
     @contextmanager

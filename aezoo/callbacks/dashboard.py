@@ -63,6 +63,7 @@ class Dashboard(Checked, EpochEnd):
         self._laid_out = False
         self._opened: set[str] = set()
         self._parts: dict[Path, Any] = {}
+        self._flushed = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         silent = is_dry_run(trainer) or not trainer.is_global_zero
@@ -162,7 +163,10 @@ class Dashboard(Checked, EpochEnd):
                 if value is not None:
                     # the step under which Lightning logs the last batch
                     self._parts[folder].add_scalar(name, float(value), trainer.global_step - 1)
-            self._parts[folder].flush()
+            # waits for the writer's thread, so not after each of many short epochs
+            if part != "train" or time.monotonic() - self._flushed >= 1:
+                self._parts[folder].flush()
+                self._flushed = time.monotonic()
 
     def _close(self) -> None:
         for writer in self._parts.values():

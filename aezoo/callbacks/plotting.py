@@ -218,13 +218,17 @@ def panel_figure(
             continue
         if columns is None:
             _curves(axes, panels[k], colours)
-            axes.locator_params(nbins=4)  # drawing ticks takes longer than drawing curves
-            axes.tick_params(labelsize=7, labelbottom=k + across >= len(panels))
+            # drawing ticks takes longer than drawing curves
+            axes.locator_params(nbins=3)
+            axes.tick_params(labelsize=7)
+            if k + across < len(panels):
+                axes.xaxis.set_visible(False)
             axes.margins(x=0)
         else:
             _bars(axes, panels[k], colours, columns, shown)
         if labels:
-            axes.set_title(labels[k], fontsize=8)
+            # without y, matplotlib lays out all ticks a second time to place the title above them
+            axes.set_title(labels[k], fontsize=8, y=1)
     if columns is not None and len(shown) < len(columns.names):
         title = f"{title}  " * bool(title) + f"{len(shown)} of {len(columns.names)} columns, by largest difference"
     if len(names) > 1:

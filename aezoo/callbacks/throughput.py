@@ -7,10 +7,13 @@ import lightning.pytorch as pl
 import torch
 
 from aezoo.callbacks.base import unpack
+from aezoo.callbacks.validation_schedule import is_save_due
 
 
 class Throughput(pl.Callback):
-    """Logs `train/samples_per_s` once per epoch: training samples of all ranks per second, including data loading.
+    """Logs `train/samples_per_s`: training samples of all ranks per second, including data loading.
+
+    It is logged once per epoch or, if `ValidationSchedule` skips epochs, once per validation for all epochs since.
 
     Validation, pictures, checkpoints and the first batch of a fit, which includes compilation, are not measured. The
     accelerator is synchronised when the clock is stopped, not at each step.
@@ -19,14 +22,15 @@ class Throughput(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._started: float | None = None
-        self._warm = False
+        self._warm = self._logged = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._started, self._warm = None, False
+        self._started, self._warm, self._logged = None, False, False
         self._samples, self._seconds = 0, 0.0  # a resumed epoch starts without on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._samples, self._seconds = 0, 0.0
+        if self._logged:
+            self._samples, self._seconds, self._logged = 0, 0.0, False
         self._started = time.perf_counter() if self._warm else None
 
     def on_train_batch_start(
@@ -50,9 +54,11 @@ class Throughput(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop(pl_module)
-        if self._samples and self._seconds > 0:
+        # a value takes Lightning as long as a small training step
+        if self._samples and self._seconds > 0 and is_save_due(trainer):
             rate = self._samples / self._seconds
             pl_module.log("train/samples_per_s", rate, sync_dist=True, reduce_fx="sum")
+            self._logged = True
 
     def _stop(self, pl_module: pl.LightningModule) -> None:
         if self._started is not None:

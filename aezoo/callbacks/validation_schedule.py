@@ -12,8 +12,8 @@ from aezoo.training.arguments import Checked
 
 # Training batches between two validations: per validation batch, and per validation for its start and two
 # checkpoints. For a small dense network a validation batch takes as long as 2 training batches, and the rest as long
-# as 14, so with 8 batches both take 8 % of the time.
-_PER_BATCH, _PER_VALIDATION = 5, 360
+# as 14, so with 8 batches both take 5 % of the time.
+_PER_BATCH, _PER_VALIDATION = 5, 540
 # minimum number of validations in a run, for a readable curve
 _LEAST_VALIDATIONS = 10
 
@@ -34,7 +34,7 @@ class ValidationSchedule(pl.Callback):
     """Validates, and by default saves, only every few epochs if epochs are short, to spend most time on training.
 
     The first and the last epoch are always validated, and those requested by `every_n_epochs` of a callback. Otherwise,
-    every n-th epoch is validated, with n from `choose_period`: a validation after about 360 training batches and 5 more
+    every n-th epoch is validated, with n from `choose_period`: a validation after about 540 training batches and 5 more
     for each of its own batches, at least 10 in a run, and after every epoch if epochs are longer. The schedule depends
     only on counts, not on time, so all ranks, and a run that continues with the same settings, validate the same
     epochs.

@@ -22,7 +22,7 @@ from aezoo.security.archives import check_tuples, unpacked_size
 from aezoo.security.values import check_extent
 from aezoo.training.keyword_groups import Argument
 
-# a cell and its comma, at least two bytes, become a double and a float, in addition to the whole text and its lines
+# a cell and its comma, at least two bytes, become a double, in an array that is copied as it grows, and a float
 _CSV_MEMORY_FACTOR = 8
 # stored as strings of fixed width, as in NumPy
 _MOST_LABEL_BYTES = 2**30
@@ -276,7 +276,7 @@ def _name_single_array(arrays: dict[str, Any]) -> Arrays:
 
 
 class CsvTable:
-    """The text of a CSV file, whose separator is a comma, semicolon or tab.
+    """The text of a CSV file, whose separator is a comma, semicolon or tab; rows are read one by one.
 
     Args:
         path: the file.
@@ -291,19 +291,16 @@ class CsvTable:
         time: the position of the time stamps; None without.
 
     Raises:
-        AezooError: it is empty, or no text.
+        AezooError: it is empty or not text.
     """
 
     def __init__(self, path: Path, label_column: str, time_columns: Sequence[str] = ()) -> None:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise AezooError(f"{path} is no text in UTF-8 ({error.reason}): save it as CSV in UTF-8") from None
-        self._lines = [line for line in lines if line.strip()]
-        if not self._lines:
-            raise AezooError(f"{path} is empty: give one row a sample")
-        self.separator = max(",;\t", key=self._lines[0].count)
-        self.first = first = [cell.strip() for cell in next(csv.reader(self._lines, delimiter=self.separator))]
+        self._path = path
+        line = next(self._lines(), None)
+        if line is None:
+            raise AezooError(f"{path} is empty: give one row per sample")
+        self.separator = max(",;\t", key=line.count)
+        self.first = first = [cell.strip() for cell in next(csv.reader(self._lines(), delimiter=self.separator))]
         # an empty cell is a missing value
         self.counts = len(first) > 1 and first == [str(i) for i in range(len(first))]
         self.header = self.counts or not all(_is_number(cell) for cell in first if cell)
@@ -313,7 +310,15 @@ class CsvTable:
 
     def rows(self) -> Iterator[list[str]]:
         """The cells of each row, without the header."""
-        return itertools.islice(csv.reader(self._lines, delimiter=self.separator), int(self.header), None)
+        return itertools.islice(csv.reader(self._lines(), delimiter=self.separator), int(self.header), None)
+
+    def _lines(self) -> Iterator[str]:
+        """The lines that are not empty, read as they are needed."""
+        with self._path.open(encoding="utf-8-sig") as file:
+            try:
+                yield from (line for line in file if line.strip())
+            except UnicodeDecodeError as error:
+                raise AezooError(f"{self._path} is not UTF-8 text ({error.reason}): save it as CSV in UTF-8") from None
 
 
 def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Sequence[str] = ()) -> Arrays:

@@ -43,7 +43,7 @@ def write_completed(store: Store, samples: SampleSet, x_hat: Arrays) -> None:
         store.each_sample(f"{NAME}/", x_hat)
     elif origin is not None and path is not None and columns is not None:
         fill = _fill_csv if kind == ".csv" else _fill_parquet
-        store.write(f"{NAME}{kind}", lambda file: fill(file, path, origin.label_column, _parts(samples, x_hat)))
+        store.write(f"{NAME}{kind}", lambda file: fill(file, path, origin.label_column, samples, x_hat))
     elif columns is not None:
         parts = _parts(samples, x_hat)
         store.table(
@@ -79,19 +79,21 @@ def _slices(x: Arrays) -> Iterator[slice]:
 
 
 def _parts(samples: SampleSet, x_hat: Arrays) -> Iterator[_Part]:
+    return (_part(samples, x_hat, rows) for rows in _slices(x_hat))
+
+
+def _part(samples: SampleSet, x_hat: Arrays, rows: slice) -> _Part:
     columns = samples.columns
-    for rows in _slices(x_hat):
-        part, index = np.array(x_hat[rows]), torch.arange(rows.start, rows.stop)
-        release(x_hat)
-        given = samples.raw_rows(index)
-        missing, raw = samples.from_raw(given, index).isnan().numpy(), given.numpy()
-        values = samples.raw_values(torch.from_numpy(part)).numpy() if columns is None else columns.values(part)
-        if samples.origin is None:
-            yield _Part(values, missing)
-            continue
-        if raw.dtype == np.uint8:
-            values = np.clip(np.rint(values), 0, 255)
-        yield _Part(np.where(missing, values.astype(raw.dtype), raw), missing)
+    completed, index = np.array(x_hat[rows]), torch.arange(rows.start, rows.stop)
+    release(x_hat)
+    given = samples.raw_rows(index)
+    missing, raw = samples.from_raw(given, index).isnan().numpy(), given.numpy()
+    values = samples.raw_values(torch.from_numpy(completed)).numpy() if columns is None else columns.values(completed)
+    if samples.origin is None:
+        return _Part(values, missing)
+    if raw.dtype == np.uint8:
+        values = np.clip(np.rint(values), 0, 255)
+    return _Part(np.where(missing, values.astype(raw.dtype), raw), missing)
 
 
 def _write_array(store: Store, samples: SampleSet, path: Path, layout: str, x_hat: Arrays) -> None:
@@ -121,7 +123,7 @@ def _write_array(store: Store, samples: SampleSet, path: Path, layout: str, x_ha
         store.arrays(NAME, own | {name if own else names[0]: completed})
 
 
-def _fill_csv(file: IO[bytes], path: Path, label_column: str, parts: Iterator[_Part]) -> None:
+def _fill_csv(file: IO[bytes], path: Path, label_column: str, samples: SampleSet, x_hat: Arrays) -> None:
     """The text of a table, in which only the cells of missing values change."""
     table = CsvTable(path, label_column)
     text = io.StringIO()
@@ -129,7 +131,7 @@ def _fill_csv(file: IO[bytes], path: Path, label_column: str, parts: Iterator[_P
     if table.header:
         writer.writerow(table.first)
     rows = table.rows()
-    for part in parts:
+    for part in _parts(samples, x_hat):
         for values, missing in zip(part.values.tolist(), part.missing, strict=True):
             row = next(rows)
             features = [i for i in range(len(row)) if i != table.label]
@@ -141,19 +143,28 @@ def _fill_csv(file: IO[bytes], path: Path, label_column: str, parts: Iterator[_P
         text.truncate()
 
 
-def _fill_parquet(file: IO[bytes], path: Path, label_column: str, parts: Iterator[_Part]) -> None:
+def _fill_parquet(file: IO[bytes], path: Path, label_column: str, samples: SampleSet, x_hat: Arrays) -> None:
     """A table in which the columns of features are completed, and all others are as they were."""
     import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
     import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 
-    pairs = zip(*((part.values, part.missing) for part in parts), strict=True)
-    values, missing = (np.concatenate(both) for both in pairs)
-    table = pq.read_table(path)
-    for column, name in enumerate(parquet_columns(table.schema, label_column)[0]):
-        if missing[:, column].any():
-            kind = table.schema.field(name).type
-            place = table.schema.get_field_index(name)
-            kind = kind if pa.types.is_floating(kind) else pa.float64()
-            completed = pa.array(values[:, column]).cast(kind)
-            table = table.set_column(place, pa.field(name, kind), completed)
-    pq.write_table(table, file)
+    with pq.ParquetFile(path) as given:
+        schema = given.schema_arrow
+        names = parquet_columns(schema, label_column)[0]
+        places = [schema.get_field_index(name) for name in names]
+        whole = [i for i, place in enumerate(places) if not pa.types.is_floating(schema.field(place).type)]
+        incomplete = np.zeros(len(names), bool)
+        for part in _parts(samples, x_hat) if whole else ():
+            incomplete |= part.missing.any(0)
+        for i in whole:
+            if incomplete[i]:  # a whole number would round what is filled in
+                schema = schema.set(places[i], schema.field(places[i]).with_type(pa.float64()))
+        with pq.ParquetWriter(file, schema) as writer:
+            start = 0
+            for batch in given.iter_batches(max(1, _MAX_VALUES // len(names))):
+                part, columns = _part(samples, x_hat, slice(start, start + len(batch))), batch.columns
+                for i in np.flatnonzero(part.missing.any(0)).tolist():
+                    columns[places[i]] = pa.array(part.values[:, i]).cast(schema.field(places[i]).type)
+                columns = [column.cast(kind) for column, kind in zip(columns, schema.types, strict=True)]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                start += len(batch)

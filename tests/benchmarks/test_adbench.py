@@ -1,4 +1,4 @@
-"""The benchmark of anomaly detectors on tables: sets, settings, rows that are kept, and the page."""
+"""The benchmark of anomaly detectors on tables: data sets, settings, stored rows, and the page."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ SEEDS = ["--seeds", "2", "--settings", "unsupervised", "--detectors", "default",
 
 
 def rows_of_set(n=200, d=5, share=0.1, seed=0):
-    """Normal rows around 0, anomalies around 4; the first column numbers the rows."""
+    """Normal rows around 0, anomalies around 4; the first column is the row number."""
     generator = np.random.default_rng(seed)
     y = (np.arange(n) < share * n).astype(int)
     x = generator.normal(size=(n, d)) + 4 * y[:, None]
@@ -37,7 +37,7 @@ def folder(tmp_path):
     return where
 
 
-# ---- sets -----------------------------------------------------------------------------------------------------------
+# ---- sets ------------------------------------------------------------------------------------------------------------
 
 
 def test_sets_have_names_without_number_in_alphabetical_order(folder):
@@ -76,7 +76,7 @@ def test_arrays_that_are_no_set_are_refused_without_the_folder(tmp_path, x, y, w
     assert "bad.npz" in str(error.value) and str(tmp_path) not in str(error.value)
 
 
-def test_the_sets_for_choosing_are_every_third_of_those_at_hand():
+def test_every_third_set_is_for_choosing():
     at_hand = [
         *("cover", "donors", "fault", "Hepatitis", "http", "InternetAds", "Ionosphere", "landsat", "ALOI", "musk"),
         *("Lymphography", "mammography", "mnist", "optdigits", "PageBlocks", "pendigits", "Pima", "annthyroid"),
@@ -96,11 +96,11 @@ def test_large_sets_keep_the_share_of_anomalies_or_twenty():
     assert not np.array_equal(kept, adbench_data.subsample(x, y, 1000, seed=1)[0])
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 def split_of(setting, level=0.0, seed=0, share=0.1):
-    """A split of rows whose first column numbers them; standardisation keeps its order."""
+    """A split of rows whose first column is the row number; standardisation keeps its order."""
     return adbench_data.split(*rows_of_set(share=share), setting, level, seed, max_rows=1000)
 
 
@@ -113,7 +113,7 @@ def test_splits_are_stratified_and_the_same_for_a_seed():
     again, other = split_of("unsupervised"), split_of("unsupervised", seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
     assert not np.array_equal(found.test[:, 1], other.test[:, 1])
-    # no row is in both parts: the first column numbers them
+    # no row is in both parts
     together = np.concatenate([found.train[:, 0], found.test[:, 0]])
     assert len(np.unique(together.round(6))) == 200
 
@@ -123,14 +123,14 @@ def test_the_test_rows_of_a_seed_are_the_same_in_all_settings(setting, level):
     usual, found = split_of("unsupervised", seed=3), split_of(setting, level, seed=3)
     assert np.array_equal(usual.test_labels, found.test_labels)
     if setting != "noise":
-        # standardised by other training rows: the order of the rows' numbers stays
+        # standardised by other training rows, which keeps the order of the row numbers
         assert np.array_equal(usual.test[:, 0].argsort(), found.test[:, 0].argsort())
 
 
 def test_no_anomaly_is_in_clean_training():
     found = split_of("clean")
     assert found.train_labels.sum() == 0 and len(found.train) == 126 and found.test_labels.sum() == 6
-    # anomalies are around 4 in units of the normal rows, which alone give mean and scale
+    # anomalies are around 4 in units of normal rows, by which mean and scale are computed
     assert np.abs(found.train[:, 1:]).max() < 4.5 and np.allclose(found.train.mean(0), 0)
     assert found.test[found.test_labels == 1][:, 1:].mean() > 3
 
@@ -164,13 +164,13 @@ def test_irrelevant_columns_are_uniform_and_independent(level, n):
         column = noisy[:, i]
         assert abs(np.corrcoef(column, y)[0, 1]) < 0.1
         within = [(x[:, j].min() <= column.min()) and (column.max() <= x[:, j].max()) for j in range(5)]
-        # the deviation of a uniform distribution
+        # standard deviation of a uniform distribution
         assert any(within) and column.std() == pytest.approx(np.ptp(column) / np.sqrt(12), rel=0.05)
     found = split_of("noise", level)
     assert found.train.shape == (140, 5 + n) and found.test.shape == (60, 5 + n)
 
 
-# ---- detectors ------------------------------------------------------------------------------------------------------
+# ---- detectors -------------------------------------------------------------------------------------------------------
 
 
 def test_detectors_have_settings_of_estimator_or_model():
@@ -202,7 +202,7 @@ def test_models_of_anomaly_detection_are_among_the_detectors():
     own_score = {
         name
         for name, cls in classes.items()
-        if "score" in vars(cls) and name != "draem" and not issubclass(cls, FrozenFeatureAutoencoder)  # of images
+        if "score" in vars(cls) and name != "draem" and not issubclass(cls, FrozenFeatureAutoencoder)  # needs images
     }
     assert own_score and own_score <= {*adbench_detectors.ZOO}
     for name in adbench_detectors.ZOO:
@@ -232,11 +232,11 @@ def test_sets_are_chosen_by_name_or_by_their_use(folder, monkeypatch):
         chosen("tuning")
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def fake_row(module, spec, timeout, variables, warm):
-    """A row without training; `vae` fails on the set cover."""
+    """A row without training; `vae` fails on the data set cover."""
     row = spec["row"]
     if row["detector"] == "vae" and row["dataset"] == "cover":
         return {"error": "ValueError: no"}
@@ -244,7 +244,7 @@ def fake_row(module, spec, timeout, variables, warm):
     return figures | {"test_anomalies": 6, "fit_seconds": 2.0, "fit_cpu_seconds": 1.0, "version": "aezoo 1"}
 
 
-def test_a_run_that_was_ended_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+def test_interrupted_run_continues(folder, tmp_path, monkeypatch):
     measured = []
 
     def dies(module, spec, *rest, **options):
@@ -291,7 +291,7 @@ def test_rows_of_real_detectors_in_their_processes(folder, tmp_path):
     assert (good["train_rows"], good["train_anomalies"], good["test_rows"], good["test_anomalies"]) == (
         *("126", "0", "60", "6"),
     )
-    # far from the normal rows, an anomaly must not look like one of them
+    # far from the normal rows, anomalies must have high scores
     assert float(good["auroc"]) > 0.9 and float(good["aupr"]) > 0.5 and float(good["fit_cpu_seconds"]) > 0
     assert failed["error"].startswith("AezooError: max_epochs must be at least 1") and not failed["auroc"]
     (path,) = tmp_path.glob("adbench-noise-*.csv")
@@ -299,7 +299,7 @@ def test_rows_of_real_detectors_in_their_processes(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on(folder, tmp_path):
+def test_a_killed_process_resumes(folder, tmp_path):
     words = [str(folder), "--sets", "wine", "cover", "--seeds", "1", "--settings", "clean", "--detectors"]
     words += ["default:max_epochs=1", "--results", str(tmp_path)]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.adbench", *words], cwd=ROOT)
@@ -338,12 +338,12 @@ def test_a_score_that_is_not_finite_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(adbench_row, "detector", lambda **_: (fits, "x 1"))
     with pytest.raises(FloatingPointError, match="not finite"):
         adbench_row.measure(spec)
-    # equal scores: AUROC of chance, and the share of anomalies as AUPR
+    # equal scores: AUROC of a random score, and the share of anomalies as AUPR
     found = adbench_row.measure(spec)
     assert found["auroc"] == 0.5 and found["aupr"] == pytest.approx(0.1)
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_or_report_must_be_given(capsys):
@@ -372,9 +372,9 @@ def test_the_page_has_means_ranks_and_tests_of_the_judging_sets(folder, tmp_path
     page = (tmp_path / "adbench.md").read_text()
     assert page.startswith("# Anomaly detection on tables\n\n[All results](RESULTS.md)\n\n")
     assert "3 sets, 2 of them judge; seeds 0, 1; aezoo 1;" in page
-    # fits of 2 s by the clock took 1 s of the processor
+    # fits took 2 s of wall time and 1 s of processor time
     assert "by the clock, fits took 2 times their processor time" in page
-    # judged on two sets: AUROC of vae is (0.5 + 0.7) / 2, its AUPR (0.1 + 0.4) / 2; p by hand: both differ, 2 / 2^2
+    # on the two judging sets: AUROC of vae is (0.5 + 0.7) / 2, AUPR (0.1 + 0.4) / 2; p = 2 / 2^2, since both differ
     assert "| default | 0.9 | 0.4 | 1 | 1.25 |  | 0.9 | 0.4 |  | 0.9 | 1 (2) |  |" in page
     assert "| vae | 0.6 | 0.25 | 2 | 1.75 | 0.5 | 0.633 | 0.3 | 0.25 | 0.7 | 1 (2) | 2 |" in page
     assert "| Apple (tuning) | " in page and "| wine | " in page

@@ -1,4 +1,4 @@
-"""The benchmark of the commands: what it measures, what it skips, and which method its report says is ahead."""
+"""The benchmark of the commands: what it measures and skips, and which method its report names as best."""
 
 import csv
 import shutil
@@ -39,14 +39,14 @@ def results(tmp_path_factory):
     return folder
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+# ---- measured rows ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_every_command_has_model_and_baseline_rows(results):
     for command in tasks.COMMANDS:
         rows = rows_of(results, command)
-        optional = {"BM3D"}  # takes no 8 x 8 images
+        optional = {"BM3D"}  # does not take 8 x 8 images
         assert not [row["error"] for row in rows if row["error"] and row["method"] not in optional], command
         assert {"ours", "baseline"} <= {row["kind"] for row in rows}, command
         steps = {"steps=2"}
@@ -92,7 +92,7 @@ def test_existing_rows_are_kept(results, tmp_path, capsys):
     } == before and "seed" not in capsys.readouterr().out
 
 
-# ---- what is planned ------------------------------------------------------------------------------------------------
+# ---- planned runs ----------------------------------------------------------------------------------------------------
 
 
 def plan_of(folder, *words):
@@ -112,7 +112,7 @@ def test_model_trains_once_and_baselines_run_once_per_seed(tmp_path):
     for command, models in tasks.MODELS.items():
         assert {spec["model"] for spec in specs if command in spec["commands"]} == {*models}
         bringing = [(spec["seed"], task) for spec in specs for task in spec["baselines"].get(command, [])]
-        # those of compress depend on no seed; codes of another size have their own
+        # baselines of compress do not depend on the seed; codes of another size have their own
         once = [(0, "lossy"), (0, "lossless, binarised"), (0, "lossless, bytes"), (0, "lossy")]
         assert bringing == (once if command == "compress" else [(0, ""), (1, "")]), command
     sizes = {spec["head"]["code_size"] for spec in specs if ":" not in spec["model"]}
@@ -141,7 +141,7 @@ def test_failed_rows_are_retried_on_request(tmp_path):
     tables["embed"].replace(head, [{"method": "vae", "kind": "ours", "error": "it broke"}])
     assert plan_of(tmp_path, *words)[0] == []
     assert len(plan_of(tmp_path, *words, "--again", "failed")[0]) == 1
-    # rows of a key come and go together
+    # rows of a key are added and deleted together
     whole = [{"method": "vae", "kind": "ours", "probe": 0.5}, {"method": "raw values", "kind": "baseline"}]
     tables["embed"].replace(head, whole)
     assert [row.get("error") for row in tables["embed"].rows] == [None, None]
@@ -159,12 +159,12 @@ def test_refused_models_are_skipped_with_a_reason(tmp_path, capsys):
         plan_of(tmp_path, "--models", "dens_ae")
 
 
-# ---- runs that continue ---------------------------------------------------------------------------------------------
+# ---- continued runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Runs of embed without training: rows of a model and, where they are asked for, of baselines."""
+    """Runs of embed without training: rows of a model and, if requested, of baselines."""
     asked, failing, notes = [], set(), []
 
     def run_rows(module, specs, *_):
@@ -226,7 +226,7 @@ def test_missing_baselines_are_added_by_next_run(fake):
     fake.failing.add("linear_ae")
     lost = ("linear_ae", "linear_ae", "killed by SIGKILL")
     assert fake()[1] == [lost, OURS[1]]
-    # by an existing model, which keeps its rows; the one that failed is only repeated on request
+    # with an existing model, which keeps its rows; the failed one is only repeated on request
     fake.failing.add("dense_ae")
     assert fake() == ([("dense_ae", 0, True)], [lost, OURS[1]])
     fake.failing.remove("dense_ae")
@@ -279,7 +279,7 @@ def test_each_compress_mode_has_its_own_baselines(tmp_path):
             head,
             rows + [{"task": "lossy", "method": "JPEG", "kind": "baseline"}] * kinds.get("lossy", 0),
         )
-    # a bound is a reference, but of a model
+    # a bound is a reference of its model
     bound = {"task": "lossless, binarised", "method": "conv_vae, -ELBO", "kind": "reference"}
     tables["compress"].rows.append(heads[1] | bound)
     repairs = plan_of(tmp_path, *words)[0]
@@ -287,14 +287,14 @@ def test_each_compress_mode_has_its_own_baselines(tmp_path):
         ("conv_vae", {"compress": ["lossless, binarised"]}, ["compress"]),
         ("bytes_vae", {"compress": ["lossless, bytes"]}, ["compress"]),
     ]
-    # what a model refuses is not asked for again and again
+    # a task that a model refuses is not repeated
     tables["compress"].replace(
         heads[2], [{"task": "lossless, bytes", "method": "bytes_vae", "kind": "ours", "error": "no"}]
     )
     assert [spec["model"] for spec in plan_of(tmp_path, *words)[0]] == ["conv_vae"]
 
 
-# ---- what the report says -------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def comparison_of(command, task=""):
@@ -372,7 +372,7 @@ def test_detection_is_median_over_seeds_of_class_mean():
     (found,) = merge_rows(comparison_of("detect"), rows + rows[:1])
     assert float(found[0]["auroc"]) == pytest.approx(0.7) and found[0]["seeds"] == "3"
     assert float(mean_over_classes(rows[:2])["aupr"]) == pytest.approx(0.6)
-    # the mean over the classes that went well is not that over all
+    # a mean over a subset of the classes is not comparable
     (found,) = merge_rows(comparison_of("detect"), [*rows, rows[5] | {"class": "2", "auroc": "", "error": "it broke"}])
     assert found[0]["seeds"] == "2" and float(found[0]["auroc"]) == pytest.approx(0.75)
 
@@ -384,7 +384,7 @@ def test_bits_at_target_psnr_are_interpolated():
     assert float(found["bits_20"]) == pytest.approx(0.35)
     assert float(found["bits_14"]) == 0.1 and found["bits_14_most"] and not found["bits_17_most"]
     assert "bits_25" not in found and float(found["best_psnr"]) == 21
-    # a quality that takes more bits and gives less does not count
+    # a quality with more bits and a lower PSNR does not count
     found = bits_at_targets([*points, {"bits_per_dim": "0.3", "psnr": "14"}])
     assert float(found["bits_17"]) == pytest.approx(0.15)
 
@@ -401,7 +401,7 @@ def test_unreached_psnr_target_is_reported():
     (found,) = merge_rows(
         comparison_of("compress", "lossless"), [made("PNG", "baseline", 0, task="lossless, bytes", bytes=3)]
     )
-    assert found[0]["bytes"] == "3.0"  # and not what is lossy
+    assert found[0]["bytes"] == "3.0"  # lossless only
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The speed benchmark: rows in separate processes, CSVs that continue, batches that shrink, figures that add up."""
+"""The speed benchmark: rows in separate processes, continued CSVs, reduced batch sizes, consistent figures."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def measured(kind, folder):
     return read_csv(path)
 
 
-# ---- speed ----------------------------------------------------------------------------------------------------------
+# ---- speed -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_speed_measures_training_and_inference_once(tmp_path, monkeypatch, capsy
     rate = float(infer["reconstruct_samples_per_s"])
     assert float(infer["step_ms"]) == pytest.approx(1e3 * 4 / rate, rel=1e-3)
 
-    monkeypatch.setattr(speed, "run_row", None)  # a row that is there is not measured again
+    monkeypatch.setattr(speed, "run_row", None)  # an existing row is not measured again
     before = [path.read_bytes() for path in sorted(tmp_path.glob("*.csv"))]
     capsys.readouterr()
     speed.main([*QUICK, "--results", str(tmp_path)])
@@ -166,7 +166,7 @@ def test_workload_settings_fit_their_models():
         assert model(torch.rand(2, *load.shape)).shape == (2, *load.shape), name
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
+# ---- measurement -----------------------------------------------------------------------------------------------------
 
 
 def test_dense_network_flops_match_matrix_products():
@@ -218,7 +218,7 @@ def test_guard_cost_is_step_time_difference(monkeypatch):
             passed = slow.is_finite_step(None, None) if asked else slow.on_before_backward(*given[:3])
             active.append(now > began)
             assert passed is (None if not asked else not active[-1])
-            # the first of a block, which begins where the other ends, is slow and does not count
+            # the first batch of a block is slow and does not count
             now += 0.75 if batch % 4 else 5.0
             cost.on_train_batch_end(*given, 0)
         assert active == [batch // 4 % 2 == 1 for batch in range(45)]
@@ -226,7 +226,7 @@ def test_guard_cost_is_step_time_difference(monkeypatch):
     assert measure.GuardCost(FaultGuard()).shares() == []
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -237,7 +237,7 @@ def test_every_process_failure_returns_an_error_row(tmp_path, warm):
     assert killed == {"error": "killed by SIGKILL", "out_of_memory": True}
     ranks = [processes.error_columns(ConnectionError("peer")), processes.error_columns(RuntimeError("out of memory"))]
     assert processes._outcome(ranks, 1, 1, tmp_path)["out_of_memory"]
-    # the kernel has ended a rank, which so has said nothing
+    # the kernel killed a rank, so it reported nothing
     lost = processes.error_columns(
         RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]")
     )
@@ -261,7 +261,7 @@ def test_row_process_ends_with_its_parent(tmp_path, monkeypatch):
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
-        row.stdin.close()  # the system does that for a process that is killed
+        row.stdin.close()  # as the system does for a killed process
         assert row.wait(30) == -signal.SIGKILL
     python, log = tmp_path / "python", tmp_path / "log"
     python.write_text('#!/bin/sh\necho "$5"\ncat\necho closed\n')

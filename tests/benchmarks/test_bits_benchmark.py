@@ -1,4 +1,4 @@
-"""The benchmark of errors at equal bits: what is run, what is counted; and Keras' recipe in Keras' own numbers."""
+"""The benchmark of errors at equal bits: plans and counts; and the recipe of Keras with Keras' own figures."""
 
 import csv
 import math
@@ -28,7 +28,7 @@ def rows_of(folder):
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch):
-    """Rows are measured here: separate processes are tested with the other benchmarks."""
+    """Rows are measured in this process: separate processes are tested with the other benchmarks."""
 
     def run_rows(module, specs, timeout, jobs, accelerator):
         assert module == "bits_row"
@@ -50,14 +50,14 @@ def plan(*argv, shape=(1, 28, 28)):
     return bits.plan(bits.parse_arguments(argv), data, shape)
 
 
-# ---- what is run ----------------------------------------------------------------------------------------------------
+# ---- planned runs ----------------------------------------------------------------------------------------------------
 
 
 def test_time_limit_makes_a_separate_row(tmp_path):
     words = ("--models", "fsq_vae", "--bits", "6", "--seeds", "1")
     (whole,), (cut,) = plan(*words), plan(*words, "--most-seconds", "5")
     table = ResultsCSV(tmp_path / "bits.csv", bits.KEY, "it")
-    # rows of before have no such column
+    # older rows do not have this column
     table.put({name: value for name, value in whole["row"].items() if name != "most_seconds"})
     assert not table.needs(whole["row"]) and table.needs(cut["row"])
 
@@ -70,7 +70,7 @@ def test_every_discrete_model_is_planned():
 
 @pytest.mark.parametrize("wanted", [6, 8, 10])
 def test_all_plans_have_requested_bits(wanted):
-    """Counted here from the options, on the 7 x 7 places of two stages (and 4 x 4 of a third)."""
+    """Counted from the options, for the 7 x 7 positions of two stages (and 4 x 4 of a third)."""
     seen = set()
     for spec in plan("--bits", str(wanted), "--seeds", "1"):
         model, given = spec["row"]["model"], spec["hyperparameters"]
@@ -110,7 +110,7 @@ def test_plan_is_ordered_by_seed_and_checks_names():
         plan("--models", "vae")
 
 
-# ---- what is counted ------------------------------------------------------------------------------------------------
+# ---- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -135,12 +135,12 @@ def test_rows_are_measured_once_with_model_metrics(tmp_path, monkeypatch, capsys
         used, shares = 0.0, []
         for index, size in zip(indices.unbind(1), model.index_sizes, strict=True):
             p = np.bincount(index.flatten().numpy(), minlength=size) / index.numel()
-            used += 4 * float(-(p[p > 0] * np.log2(p[p > 0])).sum())  # 2 x 2 places
+            used += 4 * float(-(p[p > 0] * np.log2(p[p > 0])).sum())  # 2 x 2 positions
             shares.append((p > 0).mean())
         assert float(row["used_bits"]) == pytest.approx(used, rel=1e-3, abs=1e-4)
         assert float(row["usage"]) == pytest.approx(np.mean(shares), rel=1e-3)
     assert rows[0]["mse"] != rows[2]["mse"]
-    # what falls over training does so in half of it
+    # schedules take half of the training
     assert models[1].hparams["temperature_steps"] == 4
     assert "[4/4] gumbel_vq_vae codebook_size=16, seed 1" in capsys.readouterr().out
     run(tmp_path, "--models", "rq_vae", "gumbel_vq_vae", "--bits", "4", "--seeds", "2")
@@ -148,7 +148,7 @@ def test_rows_are_measured_once_with_model_metrics(tmp_path, monkeypatch, capsys
 
 
 class Codebooks:
-    """Two grids, of one codebook and of two."""
+    """Two grids, with one and two codebooks."""
 
     index_shape = (3,)
 
@@ -199,11 +199,11 @@ def test_series_is_named_by_distinguishing_options():
     assert way("codebook_size=8 n_groups=2") == "vq_vae n_groups=2"
 
 
-# ---- Keras' recipe --------------------------------------------------------------------------------------------------
+# ---- Keras' recipe ---------------------------------------------------------------------------------------------------
 
 
 def test_keras_recipe_matches_parameters_and_scaled_loss():
-    """https://keras.io/examples/generative/vq_vae/, whose summary of 48,913 parameters is that of 64 codes."""
+    """https://keras.io/examples/generative/vq_vae/, whose summary of 48,913 parameters has 64 codes."""
     settings = yaml.safe_load(recipes.recipes()["mnist_keras_vq_vae"].read_text())["model"]["init_args"]
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     counts = [

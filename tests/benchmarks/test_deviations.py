@@ -1,4 +1,4 @@
-"""Formulas of authors' code in the place of ours, for one training."""
+"""Training with formulas of the authors' code instead of ours."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_variant_writes_rows_and_prints_means(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", deviations.CASES)
-def test_formulas_stand_in_for_ours_and_are_taken_out(name):
+def test_formulas_are_patched_and_restored(name):
     for variant in deviations.CASES[name].variants.values():
         before = [getattr(owner, attribute) for owner, attribute, _ in variant.formulas]
         with deviations.replaced(variant):

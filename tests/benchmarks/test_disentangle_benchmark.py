@@ -1,4 +1,4 @@
-"""The disentanglement benchmark: what it writes, what it does not do twice, and its figures against others."""
+"""The disentanglement benchmark: its rows, which are measured once, and its figures compared with references."""
 
 import csv
 
@@ -70,7 +70,7 @@ def test_samples_come_from_test_split_for_any_seed():
     assert torch.equal((x * 255).round().byte(), data.source.render(factors))
     numbers = data.source.index(factors)
     assert torch.isin(numbers, data.source.rows("test")).all() and len(numbers.unique()) == 500
-    # all shapes, in no order
+    # all shapes, in random order
     assert factors[:, 0].bincount().min() > 120 and factors[:50, 0].unique().numel() == 3
 
 
@@ -85,7 +85,7 @@ def test_metrics_match_model_posterior():
         exact = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
         assert torch.allclose(kl, exact, atol=1e-5)
         assert figures["mse"] == pytest.approx(float((model(x) - x).square().mean()), rel=1e-4)
-        # -log p(x|z) differs little between a draw and the mean: the weights are those of the start
+        # the weights are untrained, so -log p(x|z) differs little between a draw and the mean
         at_mean = -float(model.nll(model.decoder(mu), x).mean() + exact.sum(1).mean())
         assert figures["elbo"] == pytest.approx(at_mean, rel=0.05)
     with torch.no_grad():
@@ -100,6 +100,6 @@ def test_true_factors_score_near_one():
     _, factors = disentangle_row.samples(data, 3000)
     found = disentangle_row.scores(factors.float(), factors)
     assert set(found) | {"udr"} == set(disentangle.SCORES)
-    # 20 bins of 40 and 32 values; the shape is told by chance once in three
+    # 20 bins for 40 and 32 values; the shape is guessed correctly by chance one time in three
     assert 0.85 < found.pop("mig") < 0.95 and 0.9 < found.pop("sap") < 0.95
     assert all(0.99 < value <= 1 for value in found.values()), found

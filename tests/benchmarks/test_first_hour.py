@@ -1,4 +1,4 @@
-"""The five users: what is read of a run, and the page of their figures."""
+"""The first hour of five kinds of users: figures read from a run, and their page."""
 
 import numpy as np
 import pytest

@@ -18,7 +18,7 @@ def test_bd_rate_of_a_multiple_of_the_bits(factor):
 
 
 def test_bd_rate_is_averaged_over_the_common_range():
-    # twice the bits in the lower half of the qualities, equal bits above, joined within a short step
+    # twice the bits in the lower half of the qualities, equal bits above, with a short step in between
     other = [(0.2, 25.0), (0.4, 28.0), (0.5, 28.01), (0.5, 32.0)]
     reference = [(0.1, 25.0), (0.2, 28.0), (0.5, 28.01), (0.5, 32.0)]
     expected = np.exp(3 / 7 * np.log(2)) - 1

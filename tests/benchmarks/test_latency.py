@@ -20,7 +20,7 @@ def test_calls_are_timed_one_by_one_in_turns(monkeypatch):
 
     found = latency.times_of({"slow": call("slow", 5000), "fast": call("fast", 1000)}, 150)
     assert found == {"slow": [(5000 + i) / 1000 for i in range(150)], "fast": [(1000 + i) / 1000 for i in range(150)]}
-    # a warm-up of each, then turns
+    # each is warmed up, then they alternate
     turns = [name for (name, _), (before, _) in zip(order, [("", 0), *order], strict=False) if name != before]
     assert turns == ["slow", "fast", "slow", "fast", "slow", "fast"]
 

@@ -1,4 +1,4 @@
-"""The peers benchmark: equal networks, losses that must agree, environments, runs that continue, and targets."""
+"""The benchmark of other libraries: equal networks and losses, environments, continued runs, and targets."""
 
 import contextlib
 import csv
@@ -26,7 +26,7 @@ RATES = {"loop": 1000.0, "aezoo": 950.0, "lightning": 400.0, "keras_jax": 900.0}
 
 
 def job_for(workload, folder, **changes):
-    """A job of a few rows whose files are in `folder`."""
+    """A job of a few rows with files in `folder`."""
     load = WORKLOADS[workload]
     write_inputs(load, 64, 0, folder)
     values = {name: getattr(load, name) for name in ("shape", "hidden_dims", "latent_dim", "variational", "lr")}
@@ -34,12 +34,12 @@ def job_for(workload, folder, **changes):
     return Job(**(values | {"party": "loop", "rows": 64, "batch": 32, "epochs": 2} | changes))
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """`peers.main` with runs that are made up: each call's party and precision, and what a test changes about them."""
+    """`peers.main` with fake runs: records each call's party and precision, and has settings that tests change."""
     state = types.SimpleNamespace(calls=[], losses={}, parameters={}, fail=set(), accelerators=set())
 
     def train(python, job, timeout, pin):
@@ -48,7 +48,7 @@ def fake(monkeypatch, tmp_path):
         if (job.party, len(state.calls)) in state.fail:
             raise peer_runs.RunFailure("killed by SIGKILL")
         turn = sum(call[0] == job.party for call in state.calls) - 1
-        # a slow spell in the second round, for all parties
+        # the second round is slow for all parties
         rate = RATES.get(job.party, 500.0) * (0.5 if turn == 1 else 1.0)
         losses = state.losses.get(job.party, [200.0, 150.0, 140.0])
         return {
@@ -84,8 +84,9 @@ def test_ratios_are_taken_within_a_round(fake):
     assert rows["aezoo"]["round_rates"] == "950 475 950"
     # twice the samples in four times the seconds of one epoch
     assert rows["aezoo"]["wall_samples_per_s"] == "475"
+    assert rows["aezoo"]["outside_share"] == "0.5"
     assert {row["agrees"] for row in rows.values()} == {"yes"}
-    # every second round in the opposite order
+    # the order alternates between rounds
     assert [call[0] for call in fake.calls[3:5]] == ["keras_jax", "keras_jax"]
     (path,) = fake.folder.glob("*.csv")
     assert "/somewhere" not in path.read_text() and not [*fake.folder.glob("*.part")]
@@ -100,7 +101,7 @@ def test_machine_name_separates_result_files(fake):
     named = path.with_stem(f"{path.stem}-zen4")
     assert {*fake.folder.glob("*.csv")} == {path, named}
     assert "--machine zen4" in read_csv(named)[0][0]
-    # each is judged by itself
+    # targets are computed for each file
     stems = [
         stem
         for target, stem, _ in targets.evaluate_targets({path.stem: [], named.stem: []})
@@ -186,7 +187,7 @@ def test_gpu_results_have_their_own_file(fake, monkeypatch):
     assert fake.accelerators == {"cuda"} and "--accelerator cuda" in read_csv(path)[0][0]
     assert ("aezoo_compiled", "fp32", ("--compile", "reduce-overhead")) in fake.calls
     assert peers.party_precision("loop_graph", "bf16") == "bf16"
-    # on the CPU the same machine's file is another, whatever GPU it has
+    # on the CPU, the same machine has another file, whatever GPU it has
     fake.accelerators.clear()
     peers.main(["dense", "--parties", "loop", "--results", str(fake.folder)])
     assert fake.accelerators == {"cpu"} and len([*fake.folder.glob("*-cpu*.csv")]) == 1
@@ -231,7 +232,7 @@ def test_gpu_options_are_refused_without_gpu(fake, monkeypatch):
         peers.parse_arguments(["dense", "--accelerator", "mps"])
 
 
-# ---- the parties ----------------------------------------------------------------------------------------------------
+# ---- the parties -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -249,7 +250,7 @@ def test_reimplemented_networks_match_zoo_models(tmp_path, workload):
         torch.manual_seed(0)
         loss = way(network, x, load.variational)
         torch.manual_seed(0)
-        # both draw their noise first thing
+        # both draw the noise first
         torch.testing.assert_close(loss, zoo.train().loss(x)["loss"], rtol=1e-4, atol=0)
 
 
@@ -257,7 +258,7 @@ def test_keras_kernels_are_flipped_for_padding(tmp_path):
     job = job_for("conv28", tmp_path)
     network, x = networks.Network(job), torch.rand(2, 1, 28, 28)
     kernel, bias = (torch.from_numpy(np.ascontiguousarray(array)) for array in keras_fit._weights(job)[:2])
-    # `same` with stride 2 on an even grid: a row and a column after the last, none before the first
+    # `same` padding with stride 2 on an even grid: a row and a column after the last, none before the first
     theirs = F.conv2d(F.pad(x.flip(2, 3), (0, 1, 0, 1)), kernel.permute(3, 2, 0, 1), bias, stride=2)
     torch.testing.assert_close(theirs.flip(2, 3), network.encoder[0](x))
 
@@ -267,14 +268,14 @@ def test_sample_order_depends_on_epoch_only(tmp_path):
     first, second = [*order], [*order]
     assert sorted(first) == sorted(second) == [*range(64)] and first != second
     order.set_epoch(0)
-    assert next(iter(order)) == first[0] and [*order] == first  # a look at the first row changes nothing
+    assert next(iter(order)) == first[0] and [*order] == first  # reading the first row changes nothing
 
 
 @pytest.mark.slow
 def test_peer_losses_match_reference_loop(tmp_path, monkeypatch):
     job = job_for("dense", tmp_path)
     monkeypatch.chdir(tmp_path)
-    with flushed_denormals():  # the loop leaves that switch on, and other tests of this process want small numbers
+    with flushed_denormals():  # the loop leaves it enabled, and other tests in this process need denormals
         reference = loops.compiled(Job(**(vars(job) | {"options": ("no-compile", "no-malloc")})))
     assert loops.textbook(job)["losses"] == pytest.approx(reference["losses"], rel=1e-4)
     for party in ("aezoo", "lightning", "pytorch_vae"):
@@ -288,7 +289,7 @@ def test_peer_losses_match_reference_loop(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workload", ["dense", "conv28"])
 @pytest.mark.parametrize("warm_up", [0, 3])
 def test_graph_step_losses_match_reference_loop(tmp_path, workload, warm_up):
-    """Recorded by nothing and run on the CPU, after a warm-up that must leave no trace; the last batch is smaller."""
+    """On the CPU without a graph, after a warm-up that must have no effect; the last batch is smaller."""
     job = job_for(workload, tmp_path, batch=24)
     recorded = []
 
@@ -329,7 +330,7 @@ def test_run_environment_selects_device(monkeypatch, tmp_path):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         cpu, cuda = peer_runs.thread_environment(2), peer_runs.thread_environment(2, "cuda")
         assert (cpu["CUDA_VISIBLE_DEVICES"], cpu["JAX_PLATFORMS"]) == ("", "cpu")
-        # one GPU, and no silent way back to the CPU
+        # one GPU, without a fallback to the CPU
         assert (cuda["CUDA_VISIBLE_DEVICES"], cuda["JAX_PLATFORMS"]) == (seen, "cuda,cpu")
         assert cpu["OMP_NUM_THREADS"] == cuda["OMP_NUM_THREADS"] == "2"
     assert "--trainer.accelerator" not in aezoo_cli.arguments(job_for("dense", tmp_path))
@@ -345,7 +346,7 @@ def test_peer_wall_time_includes_validation_and_checkpoint(tmp_path, monkeypatch
     monkeypatch.setenv("TERM", "dumb")
     found = peer_runs.train(sys.executable, job_for("dense", tmp_path, party="aezoo"), timeout=120)
     log = (home / "log").read_text()
-    # hides the cursor, draws a bar in colours, and wipes the line for the next
+    # hides the cursor, draws a coloured bar, and clears the line
     assert all(part in log for part in ("\x1b[?25l", "Epoch 2/2", "\u2501", "\x1b[2K"))
     (events,) = home.glob("runs/*/*/events*")
     read = event_accumulator.EventAccumulator(str(events)).Reload()
@@ -411,12 +412,12 @@ def test_invalid_numeric_arguments_are_refused(wrong, capsys):
     assert f"argument {wrong[0]}: '{wrong[1]}' is not a " in capsys.readouterr().err
 
 
-# ---- environments ---------------------------------------------------------------------------------------------------
+# ---- environments ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Virtual environments without Python in them; what pip was asked for, and how it ends."""
+    """Virtual environments without Python; records the arguments of pip, and sets its exit code."""
     state = types.SimpleNamespace(asked=[], code=0)
 
     def create(home, **_):
@@ -442,7 +443,7 @@ def test_environment_is_created_once(pip, tmp_path, capsys):
     assert not [*tmp_path.rglob("shared.pth")]
     environments.python_for("pythae", tmp_path)
     (shared,) = tmp_path.rglob("shared.pth")
-    assert shared.read_text().strip() in sys.path  # where torch is
+    assert shared.read_text().strip() in sys.path  # the site-packages with torch
 
 
 def test_gpu_environment_depends_on_its_packages(pip, tmp_path):
@@ -462,7 +463,7 @@ def test_failed_environment_drops_only_its_party(pip, tmp_path, fake, monkeypatc
     assert code == 1 and "no such package" in rows["pythae"]["error"] and rows["loop"]["ratio"] == "1"
 
 
-# ---- targets --------------------------------------------------------------------------------------------------------
+# ---- targets ---------------------------------------------------------------------------------------------------------
 
 
 def peer(party, rates, agrees="yes"):
@@ -494,7 +495,7 @@ def test_target_ratio_is_taken_within_rounds():
 
 
 def test_dense_targets_use_the_compiled_step():
-    """As `--compile auto` has them in long runs, what compiling costs aside; the other way round beside it."""
+    """Compiled as by `--compile auto` in long runs, without the time of compilation; the other choice is shown, too."""
     rows = [peer("aezoo", "90 80"), peer("aezoo_compiled", "100 110"), peer("loop", "100 100")]
     for workload, ours, otherwise in (("dense", (1.05, "compiled"), 0.85), ("conv64", (0.85, ""), 1.05)):
         (target,) = (t for t in targets.TARGETS if t.what == f"{workload}, fp32: aezoo / loop")

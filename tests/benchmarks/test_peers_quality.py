@@ -1,4 +1,4 @@
-"""Peers by what they reach: one estimate for whoever trained the weights, differences of runs that belong together."""
+"""Quality of other libraries: one likelihood estimate for all trained weights, and differences of paired runs."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from benchmarks.peer_scripts.job import Job
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Runs that hand back the initial weights, those of pythae with a worse decoder; calls are kept."""
+    """Fake runs that return the initial weights, for pythae with a worse decoder; records calls."""
     calls = []
 
     def train(python, job, timeout):
@@ -152,5 +152,5 @@ def test_zoo_peer_starts_from_given_weights(tmp_path):
     assert json.dumps(found) and found["versions"]["aezoo"] == aezoo.__version__
     with np.load(weights) as before, np.load(out) as after:
         moved = [np.abs(after[f"w{i}"] - before[name]).max() for i, name in enumerate(before.files)]
-    # four steps of Adam move each weight by at most four times its rate
+    # four steps of Adam move each weight by at most four times the learning rate
     assert min(moved) > 0 and max(moved) < 4.1e-3

@@ -1,4 +1,4 @@
-"""Photographs put together from squares, and the table of the results."""
+"""Photographs composed of squares, and the table of results."""
 
 import torch
 

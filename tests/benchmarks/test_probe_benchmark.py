@@ -1,4 +1,4 @@
-"""The probe benchmark: what it writes, what it does not do twice, and its figures against others."""
+"""The probe benchmark: its rows, which are measured once, and its figures compared with references."""
 
 import csv
 
@@ -25,7 +25,7 @@ def rows_of(folder):
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch):
-    """Rows are measured here: separate processes are tested with the other benchmarks."""
+    """Rows are measured in this process: separate processes are tested with the other benchmarks."""
 
     def run_rows(module, specs, timeout, jobs, accelerator):
         assert module == "probe_row"

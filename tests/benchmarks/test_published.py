@@ -1,4 +1,4 @@
-"""Recipes: what is run, what is read, what is kept, and what the heads of those of published figures say."""
+"""Recipes of published figures: runs, stored results, and the heads of recipe files."""
 
 import re
 import shutil
@@ -23,14 +23,14 @@ def test_every_target_has_metric_and_conditions():
         settings = yaml.safe_load(path.read_text())
         assert settings["data"]["name"] in ("mnist", "binarized_mnist")
         assert settings["trainer"]["max_epochs"] >= 7
-        # all epochs, whatever the validation loss does
+        # all epochs, without early stopping
         assert settings["data"].get("val_fraction") == 0 or settings["early_stopping"] == {"patience": 0}, name
         assert name not in recipes.trainable_recipes()
 
 
 @pytest.fixture
 def mnist(tmp_path):
-    """A folder as torchvision reads MNIST from, with 240 and 60 random images."""
+    """A folder in torchvision's format of MNIST, with 240 and 60 random images."""
     folder = tmp_path / "data" / "MNIST" / "raw"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -68,12 +68,12 @@ def test_static_digits_are_drawn_where_files_are_missing(tmp_path):
 @pytest.mark.slow
 def test_runs_are_measured_and_continued(mnist, tmp_path, monkeypatch):
     monkeypatch.setattr(published, "write_heads", lambda table: None)
-    # its own process would import everything once more
+    # a separate process would import everything again
     monkeypatch.setattr(published, "run_rows", lambda _, specs, *rest: [(s, published_row.measure(s)) for s in specs])
     file = tmp_path / "kept" / "mnist_vae-0" / "runs" / "mnist_vae" / "0" / "metrics.csv"
 
     def monotonic():
-        """A clock by which the time is up once a further epoch has ended, however busy the processor is."""
+        """A clock by which the time limit is reached after one more epoch, however busy the processor is."""
         return 100.0 * len(file.read_text().splitlines()) if file.is_file() else 0.0
 
     clock = SimpleNamespace(monotonic=monotonic, sleep=lambda seconds: time.sleep(seconds / 10))
@@ -97,7 +97,7 @@ def test_failure_reports_last_output_line(tmp_path):
         published_row.fit(tmp_path, "mnist_vae", 0, ["--data.name=mnist6k"], None)
 
 
-def test_runs_that_came_furthest_make_the_head(tmp_path, monkeypatch):
+def test_runs_with_most_epochs_make_the_head(tmp_path, monkeypatch):
     (tmp_path / "recipes").mkdir()
     for name in ("mnist_vae", "mnist_keras_vae", "vae"):
         shutil.copy(find_recipe(name), tmp_path / "recipes")
@@ -135,7 +135,7 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "RESULTS", tmp_path)
     monkeypatch.setattr(recipes, "ROOT", tmp_path)
     monkeypatch.setattr(recipes, "trainable_recipes", lambda: {name: tmp_path / f"{name}.yaml" for name in ("b", "a")})
-    # which is compared with the page in tests/test_readme.py
+    # compared with the page in tests/test_readme.py
     monkeypatch.setattr(recipes, "models_tables", lambda: "the models")
     monkeypatch.setattr(recipes, "train", lambda name, root: {"recipe": name} | found | {"test/mse": str(len(root))})
     for name in ("a", "b"):
@@ -153,7 +153,7 @@ def test_recipes_are_measured_one_at_a_time(tmp_path, monkeypatch):
         f"python -m benchmarks.recipes {words}" for words in ("b --root FOLDER", "--root FOLDER", "a --root FOLDER")
     ]
     assert "the models" in (tmp_path / "docs" / "models.md").read_text()
-    # what is there is kept, as after a crash
+    # existing results are kept, as after a crash
     assert [(row["recipe"], row["test/mse"], row["epochs"]) for row in rows] == [("b", "1", "2"), ("a", "3", "2")]
     assert "test/mse 3," in (tmp_path / "a.yaml").read_text()
     assert "| `a` | 1.5 | 3 | 1.5 | 1.5 | 2 | 3 |" in (tmp_path / "docs" / "recipes.md").read_text()

@@ -1,4 +1,4 @@
-"""The quality benchmark: what it writes, what it does not do twice, and its figures against other computations."""
+"""The quality benchmark: its rows, which are measured once, and its figures compared with references."""
 
 import csv
 import math
@@ -50,7 +50,7 @@ def test_every_run_is_a_row_with_filled_columns(results):
     assert vae["bits_per_dim"] == pytest.approx(vae["loss"] / 64 / math.log(2), rel=1e-4)
     assert vae["psnr"] == pytest.approx(-10 * math.log10(vae["mse"]), rel=1e-4)
     assert {row["stopped"] for row in rows.values()} == {"converged"} and "digits" in rows["vae"]["features"]
-    # no fall by half of the whole fall in the last two evaluations
+    # ended by two evaluations without an improvement of half the total one
     assert int(rows["vae"]["steps"]) % 12 == 0 and rows["vae"]["patience"] == "24"
     assert float(rows["vae"]["epochs"]) == int(rows["vae"]["steps"]) / math.ceil(1437 / 128)
 
@@ -82,13 +82,13 @@ def test_best_weights_are_restored_and_capped_run_says_so():
 @pytest.mark.parametrize(
     ("values", "steps", "best"),
     [
-        ([9, 5, 4, 4.5, 3.9], 400, 400),  # falls by less than a tenth of the whole fall do not count, but are kept
+        ([9, 5, 4, 4.5, 3.9], 400, 400),  # improvements below 0.1 of the total do not count, but their weights are kept
         ([9, 8, 7, 6, 5, 4, 3, 2, 2, 2], 900, 700),
         ([9, 10, 11], 200, 1),
         ([9, 5, math.nan], 200, 100),
     ],
 )
-def test_run_ends_when_falls_no_longer_count(values, steps, best):
+def test_run_ends_without_significant_improvement(values, steps, best):
     model = create_model("linear_ae", (4,), latent_dim=1)
     rule = Convergence(torch.zeros(4, 4), None, 2, Budget(interval=100, patience=2, least=0.1))
     left = iter(values)
@@ -207,7 +207,7 @@ def test_failed_run_is_a_row_with_error(results, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Runs without training: 10 s an epoch; what was run is kept, code sizes of baselines as a list."""
+    """Fake runs of 10 s per epoch; records what was run, with the code sizes of baselines as a list."""
     asked, failing = [], set()
 
     def run_rows(module, specs, *_):
@@ -238,7 +238,7 @@ def fake(monkeypatch, tmp_path):
 
 
 def test_rows_are_keyed_by_what_changes_their_figures(fake):
-    # the first run of a command measures the baselines, and the space of FID
+    # the first run of a command measures the baselines and the feature space of FID
     assert fake()[0] == [[0, 8], "dense_ae", "vae"]
     assert fake()[0] == []
     for words in (("--importance-samples", "10"), ("--patience", "3"), ("--least", "0.1")):
@@ -285,7 +285,7 @@ def test_failed_baselines_are_remeasured_by_next_run(fake):
 
 
 def test_inapplicable_baselines_are_not_requested(fake):
-    # as many numbers as a digit has
+    # as many numbers as a digit has pixels
     fake("--code-sizes", "64", "8")
     assert fake("--code-sizes", "64", "8")[0] == []
 
@@ -336,7 +336,7 @@ def test_seed_changes_order_but_not_splits():
 
 
 def test_active_units_of_known_code_are_counted():
-    # variances 0.0361, 0.009, 0 and 4: of a posterior two exceed 0.01, of a free code only the last exceeds 0.04
+    # variances 0.0361, 0.009, 0 and 4: as posterior means, two exceed 0.01; as other codes, one exceeds 0.04
     sign = np.tile([1.0, -1.0], 10)
     code = np.stack([0.19 * sign + 5, math.sqrt(0.009) * sign, 0 * sign + 3, 2 * sign], axis=1)
     assert codes.active_units(code, posterior=True) == 2

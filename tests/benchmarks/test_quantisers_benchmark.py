@@ -1,4 +1,4 @@
-"""The benchmark of quantisers: what it writes, how it times, and that both parties do the same."""
+"""The benchmark of quantisers: its rows, its timing, and that both implementations give equal results."""
 
 import csv
 import math
@@ -23,7 +23,7 @@ def rows_of(folder):
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch):
-    """Rows are measured here, of small maps and with the threads that there are."""
+    """Rows are measured in this process, with small maps and the current number of threads."""
 
     def run_row(module, spec, timeout, variables, warm):
         assert (module, warm) == ("quantisers_row", True)
@@ -32,7 +32,7 @@ def _in_this_process(monkeypatch):
 
     monkeypatch.setattr(quantisers, "run_row", run_row)
     monkeypatch.setattr(quantisers, "SIDE", 4)
-    # it changes the allocator of the whole process, which continues with other tests
+    # it changes the allocator of this process, in which other tests run
     monkeypatch.setattr(quantisers_row, "_release_memory", lambda: None)
 
 
@@ -87,7 +87,7 @@ def test_code_counts_that_are_not_powers_of_two_are_refused(codes):
 
 
 class Fixed(nn.Module):
-    """A party that gives z with some places moved."""
+    """A quantiser that returns z with some values moved."""
 
     def __init__(self, moved: Tensor | None = None) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_speed_ratio_is_per_round_and_above_1_if_faster(monkeypatch):
     assert [row[f"step_ratio{end}"] for end in ("", "_min", "_max")] == [0.5, 0.25, 1]
     assert (row["forward_per_s"], row["peer_forward_per_s"], row["step_per_s"]) == (8, 4, 4)
     assert (row["repeats"], row["peer_error"]) == (3, "")
-    assert order[:4] == order[4:8][::-1]  # nobody is always the first
+    assert order[:4] == order[4:8][::-1]  # the order alternates
 
 
 @pytest.mark.slow
@@ -158,21 +158,21 @@ def test_failing_peer_leaves_only_its_columns_empty(monkeypatch):
 def test_equal_codes_are_counted_per_position():
     z = torch.randn(2, 3, 4, 4)
     moved = torch.zeros(2, 3, 4, 4)
-    moved[0, 1, :, :2] = 0.1  # a channel of 8 of 32 places
+    moved[0, 1, :, :2] = 0.1  # a channel of 8 of 32 positions
     assert quantisers_row.share_of_equal_codes(Fixed(), Fixed(moved), z) == 0.75
     assert quantisers_row.share_of_equal_codes(Fixed(), Fixed(), z) == 1
 
 
 @pytest.mark.slow
 def test_peak_memory_counts_simultaneous_allocations():
-    """In a separate process, as every row is."""
+    """In a separate process, as for every row."""
     script = """
 import torch
 from benchmarks import quantisers_row
 def work():
     for _ in range(3):
         torch.ones(10_000_000).add_(1)
-torch.ones(10).add_(1)  # its code is read from disk now
+torch.ones(10).add_(1)  # its code is loaded from disk at the first call
 print(quantisers_row.peak_mb(work, torch.device("cpu")))
 """
     command = [sys.executable, "-c", script]
@@ -182,12 +182,12 @@ print(quantisers_row.peak_mb(work, torch.device("cpu")))
     assert float(found.stdout) == pytest.approx(40, rel=0.1)
 
 
-# ---- the package itself ---------------------------------------------------------------------------------------------
+# ---- the package itself ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", quantisers.KINDS)
 def test_both_implementations_give_equal_results(kind):
-    """Codes, gradients and what moving averages become, against vector-quantize-pytorch."""
+    """Codes, gradients and moving averages, compared with vector-quantize-pytorch."""
     torch.manual_seed(0)
     (spec,) = quantisers.plan(quantisers.parse_arguments(["--kinds", kind, "--codes", "64", "--dim", "6"]), "cpu")
     ours, theirs = quantisers_row.build_pair(kind, 64, spec["row"]["dim"])
@@ -199,7 +199,7 @@ def test_both_implementations_give_equal_results(kind):
         leaf = z.clone().requires_grad_()
         party(leaf)[0].backward(grad)
         gradients.append(leaf.grad)
-    # the package passes the gradient to z once for each level of a residual
+    # the package passes the gradient to z once per residual level
     levels = quantisers_row.RESIDUAL_LEVELS if kind == "rvq" else 1
     far = {"rtol": 0.05, "atol": 0.02} if kind == "fsq" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(gradients[0] * levels, gradients[1], **far)
@@ -207,5 +207,5 @@ def test_both_implementations_give_equal_results(kind):
         codebooks = [ours] if kind != "rvq" else [*ours.levels]
         layers = [theirs] if kind != "rvq" else [*theirs.inner.layers]
         for codebook, layer in zip(codebooks, layers, strict=True):
-            # theirs smooths the division, by 1e-5 a code
+            # the package adds 1e-5 per code to the denominator
             torch.testing.assert_close(codebook.codebook(), layer._codebook.embed[0], rtol=1e-3, atol=1e-4)

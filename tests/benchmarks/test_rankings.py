@@ -1,4 +1,4 @@
-"""Ranks, Friedman's and Nemenyi's tests and Holm's correction, compared with figures that Demsar (2006) printed."""
+"""Ranks, Friedman's and Nemenyi's tests and Holm's correction, compared with values printed in Demsar (2006)."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_friedman_of_the_published_example():
     assert rankings.friedman(np.array([1.0, 2.0, 3.0]), 4).p == 0.0
 
 
-def test_friedman_without_ties_is_scipys():
+def test_friedman_without_ties_equals_scipy():
     values = np.random.default_rng(0).normal(size=(12, 5))
     found = rankings.friedman(rankings.average_ranks(values), 12)
     assert found.chi2 == pytest.approx(stats.friedmanchisquare(*values.T).statistic)
@@ -48,12 +48,12 @@ def test_critical_difference_of_the_published_example():
 
 def test_groups_are_largest_runs_within_critical_difference():
     assert rankings.indistinct_groups([1.0, 1.5, 2.2, 4.0, 4.4], 1.0) == [(0, 1), (1, 2), (3, 4)]
-    assert rankings.indistinct_groups([1.0, 2.0, 3.0], 1.0) == []  # a difference as large as the critical one counts
+    assert rankings.indistinct_groups([1.0, 2.0, 3.0], 1.0) == []  # a difference equal to it is significant
     assert rankings.indistinct_groups([1.0, 1.2, 1.4], 5.0) == [(0, 2)]
 
 
 def test_wilcoxon_by_hand_and_of_equal_methods():
-    # six differences of one sign: two of the 2^6 assignments of signs are as extreme
+    # six differences of one sign: two of the 2^6 sign assignments are as extreme
     values = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.65])
     assert rankings.wilcoxon_p(values, values - [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]) == pytest.approx(2 / 64)
     assert rankings.wilcoxon_p(values, values) == 1.0

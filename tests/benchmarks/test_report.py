@@ -1,4 +1,4 @@
-"""The CSVs of the benchmarks, the report that is made of them, and the command that runs them all."""
+"""The CSVs of the benchmarks, the report made from them, and the command that runs the benchmarks."""
 
 import argparse
 import errno
@@ -23,7 +23,7 @@ from benchmarks.common import ResultsCSV, command_line, environment, folder_lock
 ROOT = Path(__file__).parents[2]
 
 
-# ---- tables and reports ---------------------------------------------------------------------------------------------
+# ---- tables and reports ----------------------------------------------------------------------------------------------
 
 
 def test_csv_is_complete_after_each_row(tmp_path):
@@ -59,7 +59,7 @@ def test_concurrent_csv_edits_are_kept(tmp_path):
     path = tmp_path / "a.csv"
     ours, theirs = ResultsCSV(path, ("model",), "ours"), ResultsCSV(path, ("model",), "theirs")
     theirs.put({"model": "vae", "mse": 1.0})
-    path.write_text("\ufeff" + path.read_text().replace("1,", "2,"), encoding="utf-8")  # as by a spreadsheet
+    path.write_text("\ufeff" + path.read_text().replace("1,", "2,"), encoding="utf-8")  # as saved by a spreadsheet
     ours.put({"model": "dense_ae"})
     assert not ours.needs({"model": "vae"})
     theirs.put({"model": "linear_ae"})
@@ -109,12 +109,12 @@ def test_malformed_csv_is_named(tmp_path):
 def test_recorded_command_omits_folders_and_is_runnable(monkeypatch):
     words = ["train", "--results", "/somewhere", "--again", "failed", "--models", "all", "--results=/x"]
     assert command_line("speed", words) == "python -m benchmarks.speed train --models all"
-    monkeypatch.setattr("benchmarks.common.NAME", "aezoo.benchmarks")  # in a wheel, where there are no others
+    monkeypatch.setattr("benchmarks.common.NAME", "aezoo.benchmarks")  # in a wheel, which only has this package
     assert command_line("speed", words) == "python -m aezoo.benchmarks.speed train --models all"
 
 
 def written(folder):
-    """RESULTS.md and its pages, which lie beside it outside of a checkout."""
+    """RESULTS.md and its pages, which are in the same folder outside of a checkout."""
     return "\n".join(path.read_text() for path in sorted(folder.glob("*.md")))
 
 
@@ -183,7 +183,7 @@ def test_report_is_built_from_available_results(results, capsys):
     assert "| vae | 2 | 1,800 | 12.3 | 110 | 0.9 |" in text
     # median, lowest and highest of three seeds
     assert "| vae | variational | 16 | 3 | 128 | 0.006875 (0.00625 to 0.0075) | 0.0125 |" in text
-    assert "| vae | variational | 16 | 1 | 64 | 0.5 | 0.0125 |" in text  # another batch is another setting
+    assert "| vae | variational | 16 | 1 | 64 | 0.5 | 0.0125 |" in text  # another batch size is another setting
     assert "killed by SIGKILL" in text
     stem = "peers-dense-fp32-pt2.13-cpu2"
     assert f"| dense, fp32: aezoo / loop | >= 0.95 | 0.97 | compiled | yes | 0.9 | {stem} |" in text
@@ -413,7 +413,7 @@ def test_a_report_without_rows_has_no_pictures(tmp_path, capsys):
     assert not (tmp_path / "pictures").exists() and "no rows for pareto.png" in capsys.readouterr().out
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- command ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_lists_the_benchmarks_without_torch():

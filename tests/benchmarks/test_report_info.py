@@ -1,4 +1,4 @@
-"""The figures of `aezoo info`: those of the CSVs, compared as stated."""
+"""The figures of `aezoo info`: those of the CSVs, with their comparisons."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ def entry(model, value, column="mse", data="mnist5k", setting="1 epoch", label=N
     return Entry(model, label or model, data, setting, {column: str(value), **row})
 
 
-def test_the_file_is_what_the_results_say(files):
+def test_the_file_matches_the_results(files):
     assert report_info.path().read_text(encoding="utf-8") == report_info.text(files) + "\n", (
         "run python -m benchmarks.report"
     )

@@ -1,4 +1,4 @@
-"""The pages of the zoo: what is shown, what is behind PCA, and what nobody has explained."""
+"""The pages of the zoo: their contents, models worse than PCA, and those without an explanation."""
 
 import pytest
 
@@ -15,7 +15,7 @@ NAMES = [name for name in registry.list_models() if name not in LEFT_OUT]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Converged rows of two data sets: one of all models, one of a few and capped."""
+    """Converged rows of two data sets: one with all models, one with a few, limited in time."""
     folder = tmp_path_factory.mktemp("results")
     shared = {
         "size": 16,

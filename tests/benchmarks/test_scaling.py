@@ -1,4 +1,4 @@
-"""Scaling: exponents of time and memory, and rows of an axis of a model and of a command."""
+"""Scaling: exponents of time and memory, and measured rows of an axis of a model and of a command."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_exponents_of_powers_are_found(power):
     assert row["values"] == "10 / 100 / 1,000 / 10,000"
 
 
-def test_fixed_costs_and_failed_rows_leave_the_exponent():
+def test_fixed_costs_and_failed_rows_do_not_affect_the_exponent():
     rows = rows_of(1)
     rows[-1]["milliseconds"] = "1e6"  # a fixed cost
     rows[1] |= {"error": "out of memory"}

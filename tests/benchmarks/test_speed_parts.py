@@ -1,4 +1,4 @@
-"""Every part of aezoo.speed earns its place by a measured gain, or a reason says why it could not be measured."""
+"""Every part of aezoo.speed has a measured gain, or a reason why it could not be measured."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def row(part, gain, workload="conv_vae_28"):
     return {"part": part, "workload": workload, "kind": "train", "compile": "off", "file": "cpu", **gains}
 
 
-def test_every_part_is_worth_keeping():
+def test_every_part_has_a_gain_or_a_reason():
     rows = speed_parts.read_rows(results_folder())
     for part in PARTS:
         measured = any(one["part"] == part for one in rows)
@@ -40,7 +40,7 @@ def test_verdict_compares_gains_with_the_minimum(gains, words):
 
 
 def test_gain_is_the_median_of_paired_rounds():
-    # a slow round slows both down; the fastest epochs of all rounds would give 1.0
+    # a slow round slows both down; the fastest epochs over all rounds would give 1.0
     enabled, disabled = [[1.0, 3.0], [4.0, 5.0], [2.0, 2.0]], [[1.0, 1.0], [6.0, 8.0], [3.0, 4.0]]
     found = speed_parts._gain(enabled, disabled)
     assert (found["gain"], found["rounds"]) == (1.5, 3)

@@ -1,4 +1,4 @@
-"""Small autoencoders that keep the contract."""
+"""Small autoencoders with the interface of the zoo's models."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ class Noise(nn.Module):
 
 
 class Fake(pl.LightningModule):
-    """A linear autoencoder; a dropout layer makes its training draw from the global random stream."""
+    """A linear autoencoder; its dropout layer draws from the global random state in training."""
 
     has_prior = normal_prior = False
     sparse_code = False
@@ -100,7 +100,7 @@ class FakeSparse(Fake):
 
 
 def digits(shape: tuple[int, ...], n: int = 48) -> TensorDataset:
-    """Blobs at random places, in [0, 1], and the label of the half they lie in."""
+    """Blobs at random positions, in [0, 1], labelled by the half they lie in."""
     generator = torch.Generator().manual_seed(7)
     size = torch.Size(shape).numel()
     place = torch.rand(n, 1, generator=generator)

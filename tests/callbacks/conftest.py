@@ -1,4 +1,4 @@
-"""A trainer that is quiet, and what it wrote."""
+"""Fixtures: a quiet trainer, and its event files."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
-            # Lightning 2.6 itself makes a LeafSpec that torch deprecates
+            # Lightning 2.6 creates a LeafSpec, which torch deprecates
             item.add_marker(pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"))
-            # the trainers here are handed plain loaders
+            # trainers get plain loaders
             item.add_marker(pytest.mark.filterwarnings("ignore:.*does not have many workers"))
 
 

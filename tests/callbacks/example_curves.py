@@ -1,4 +1,4 @@
-"""Hand-made loss curves of docs/training.md; `python -m tests.callbacks.example_curves` draws its pictures."""
+"""Example loss curves of docs/training.md; `python -m tests.callbacks.example_curves` draws them."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def curves(train, val, noise=0.0, steps_per_epoch=50, seed=0, **values) -> Curves:
-    """Curves of two functions of the epoch, counted from 1, with independent noise on both."""
+    """Curves of two functions of the epoch, counted from 1, with independent noise."""
     rng, n = np.random.default_rng(seed), values.pop("n", 60)
     epochs = np.arange(1, n + 1)
     noisy = [[float(f(e) + noise * rng.standard_normal()) for e in epochs] for f in (train, val)]
@@ -46,7 +46,7 @@ def main() -> None:
     for name, example in EXAMPLES.items():
         losses = {"train/loss": example.train, "val/loss": example.val}
         figure = plotting.curve_figure(example.epochs, losses, f"{example.steps} steps")
-        # a tenth of the size
+        # quantised to reduce the file size to a tenth
         Image.fromarray(plotting.render(figure)).quantize(24).save(DOCS / "pictures" / f"{name}.png", optimize=True)
 
 

@@ -1,4 +1,4 @@
-"""Codebooks in pictures: counts over the whole set and all ranks, colours in their places, the projector's files."""
+"""Codebook pictures: counts over the whole set and all ranks, indices drawn at their positions, projector files."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ PICTURES = {"codebook_usage", "codebook_frequencies", "codebook_indices"}
 
 
 class Indexed(Fake):
-    """Indices that the data alone decide: the brightness of 2x2 pixels, and its last digit."""
+    """Indices that depend on the data only: the brightness of 2x2 pixels, and its last digit in base 5."""
 
     discrete_code = True
 
@@ -61,7 +61,7 @@ class Indexed(Fake):
 
 
 def by_hand(x: Tensor) -> list[np.ndarray]:
-    """How often each code of both codebooks is chosen."""
+    """The counts of the codes of both codebooks."""
     blocks = x.numpy().reshape(len(x), 4, 2, 4, 2).mean((2, 4))
     first = np.floor(blocks * 15).astype(int).ravel()
     return [np.array([(first == k).sum() for k in range(16)]), np.array([(first % 5 == k).sum() for k in range(5)])]
@@ -84,7 +84,7 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """The labels and tiles of the pictures of indices."""
+    """The labels and tiles of the index pictures."""
     found = []
     monkeypatch.setattr(
         "aezoo.callbacks.plotting.mosaic_figure",
@@ -93,7 +93,7 @@ def rows(monkeypatch):
     return found
 
 
-# ---- counts ---------------------------------------------------------------------------------------------------------
+# ---- counts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_counts_cover_whole_validation_set(fit, counted, tmp_path):
         for level in (0, 1):
             np.testing.assert_array_equal(counts[level], expected[level])
     assert pictures(tmp_path) == PICTURES
-    # without the sanity check's
+    # not counting the sanity check
     assert model.encoded == 2 * (3 + 1 + 1)
 
 
@@ -152,7 +152,7 @@ def test_usage_scalars_are_not_logged_by_callback(fit, events):
 
 
 class Shards(DataLoader):
-    """Each rank has a share of the samples, and as many batches as that takes."""
+    """Each rank has a share of the samples, and the batches that it needs."""
 
     def __init__(self, data, shares):
         super().__init__(data, 8)
@@ -169,7 +169,7 @@ class Shards(DataLoader):
 
 
 class Written(Codebook):
-    """Leaves its counts in a file a rank."""
+    """Writes its counts to a file per rank."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         super().on_validation_epoch_end(trainer, pl_module)
@@ -178,7 +178,7 @@ class Written(Codebook):
 
 
 class Fails(Indexed):
-    """Its second process cannot encode."""
+    """Cannot encode in the second process."""
 
     def encode_indices(self, x):
         if self.global_rank == 1 and len(x) > 1:
@@ -199,42 +199,42 @@ def test_counts_are_summed_over_ranks_in_one_exchange(fit, monkeypatch, counted)
     asked = []
 
     def of_two(self, tensor, *given, **options):
-        if tensor.numel() > 1:  # Lightning's own are of one number
+        if tensor.numel() > 1:  # Lightning's own reductions have one element
             asked.append((len(tensor), options))
         return 2 * tensor
 
     monkeypatch.setattr("lightning.pytorch.strategies.SingleDeviceStrategy.reduce", of_two)
     fit(Indexed(), Codebook(every_n_epochs=2), n=45, max_epochs=2)
-    # all codes, and whether a rank has failed
+    # all codes, and a flag of failed ranks
     assert asked == [(16 + 5 + 1, {"reduce_op": "sum"})]
     np.testing.assert_array_equal(counted[0][0], 2 * by_hand(digits((1, 8, 8), 45).tensors[0])[0])
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the filters of the tests
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the tests' filters
 def test_two_processes_count_as_one(tmp_path):
     expected = [[counts.tolist() for counts in by_hand(digits((1, 8, 8), 45).tensors[0])]]
     # six batches and one
     assert on_two_ranks(tmp_path, Indexed(), (42, 3)) == [expected, expected]
-    # pictures of rank zero only
+    # pictures by rank zero only
     assert {path.stem for path in (tmp_path / "pictures").glob("codebook*")} == PICTURES
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the filters of the tests
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the tests' filters
 def test_failing_rank_does_not_block_other_rank(tmp_path):
     assert on_two_ranks(tmp_path, Fails(), (25, 20)) == [[], []]
     assert {path.stem for path in (tmp_path / "pictures").glob("codebook*")} == {"codebook_indices"}
 
 
-# ---- when -----------------------------------------------------------------------------------------------------------
+# ---- schedule --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_validation_is_encoded_once_when_a_picture_is_due(fit, events):
     model = Indexed()
     fit(model, Codebook(every_n_epochs=2), max_epochs=5)
-    # three batches, one blank sample that tells the codebooks, and the samples that are drawn; epochs 2, 4 and the last
+    # three batches, one blank sample to find the codebooks, and the drawn samples; in epochs 2, 4 and the last
     assert model.encoded == 3 * (3 + 1 + 1)
     assert set(events().Tags()["images"]) == {f"pictures/{picture_title(name)}" for name in PICTURES}
     for name in PICTURES:
@@ -282,7 +282,7 @@ def test_training_is_the_same_with_and_without(fit):
         fit(model, *callbacks, max_epochs=2)
         weights.append(torch.cat([value.detach().flatten().float() for value in model.state_dict().values()]))
     assert torch.equal(*weights)
-    # nothing that a resumed run would have to continue from
+    # no state that a resumed run needs
     assert not Codebook().state_dict()
 
 
@@ -311,7 +311,7 @@ def test_bad_values_are_refused():
         Codebook(n_projected=-1)
 
 
-# ---- the map of use -------------------------------------------------------------------------------------------------
+# ---- usage map -------------------------------------------------------------------------------------------------------
 
 
 def test_used_codes_are_drawn_as_lit_cells():
@@ -338,7 +338,7 @@ def test_used_codes_are_drawn_as_lit_cells():
 def test_large_codebook_cells_sum_consecutive_codes():
     counts = torch.arange(2 * 65536 + 1)
     cells = count_cells(counts).flatten().numpy()
-    # three codes a cell
+    # three codes per cell
     assert cells[0] == 0 + 1 + 2 and cells[1] == 3 + 4 + 5
     assert cells[cells >= 0].sum() == counts.sum()
     assert count_cells(counts[:65536]).shape == (256, 256)
@@ -358,7 +358,7 @@ def test_codebook_too_large_to_count_warns_once(fit, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_at_most_eight_indices_a_place_are_shown(fit, rows, counted, events):
+def test_at_most_eight_indices_per_position_are_shown(fit, rows, counted, events):
     class Many(Indexed):
         def encode_indices(self, x):
             first = super().encode_indices(x)[:, :1]
@@ -385,14 +385,14 @@ def test_each_codebook_has_named_pictures(fit, tmp_path, counted, rows):
     assert rows[0][0] == ["original", "indices top", "indices bottom", "output"]
 
 
-# ---- indices in their places ----------------------------------------------------------------------------------------
+# ---- indices at their positions --------------------------------------------------------------------------------------
 
 
 def test_index_colours_are_distinct_and_stable():
     colours = index_colours(torch.arange(512))
     assert len({tuple(colour) for colour in colours.round(4).tolist()}) == 512
     np.testing.assert_allclose(colours[:3], index_colours(torch.tensor([[0], [1], [2]]))[:, 0])
-    # hues go round by the golden section: neighbours are far apart, and so are the neighbours' neighbours
+    # hues advance by the golden ratio, so that close indices have distant hues
     golden = (5**0.5 - 1) / 2
     np.testing.assert_allclose(colours[4], hsv_to_rgb([4 * golden % 1, 0.75, 0.75]), atol=1e-6)
     assert np.array_equal(index_colours(torch.tensor([-1]))[0], [1, 1, 1])
@@ -400,7 +400,7 @@ def test_index_colours_are_distinct_and_stable():
 
 
 class Counting(Indexed):
-    """Each place of each sample, and of each of two indices, has a separate index."""
+    """Each position of each sample has its own index, for each of two indices."""
 
     def __init__(self, input_shape, places):
         super().__init__(input_shape, sizes=(4096, 4096))
@@ -447,7 +447,7 @@ def test_indices_are_drawn_at_their_positions(fit, rows, tmp_path, shape, places
                 for j in range(grid[1]):
                     centre = tuple(int((p + 0.5) * n / m) for p, n, m in zip((i, j), tile.shape, grid, strict=False))
                     np.testing.assert_allclose(tile[centre], expected[i, j], err_msg=f"{sample} {level} {i} {j}")
-    # the sample and the output are as large as their indices
+    # the sample and the output have the size of their index grids
     assert len({part.shape[1:] for part in tiles}) == 1
     assert np.asarray(Image.open(tmp_path / "run" / "0" / "pictures" / "codebook_indices.png")).std() > 5
 
@@ -471,7 +471,7 @@ def test_index_grid_takes_middle_plane_of_volume():
     assert index_grid(volume[:, 0, 0, 0]).shape == (2, 1, 1)
 
 
-# ---- the projector --------------------------------------------------------------------------------------------------
+# ---- the projector ---------------------------------------------------------------------------------------------------
 
 
 def small(**options) -> DiscreteAutoencoder:
@@ -500,7 +500,7 @@ def test_projector_config_lists_each_file_once(tmp_path):
 @pytest.mark.slow
 def test_projector_files_contain_codes_and_usage(fit, tmp_path):
     model = small()
-    for epochs in (2, 1):  # the second run, as after a resume, leaves nothing of the first
+    for epochs in (2, 1):  # the second run overwrites the files of the first
         fit(model, Codebook(every_n_epochs=1), max_epochs=epochs, n=45)
     folder = tmp_path / "run" / "0"
     (info,) = embeddings(folder)
@@ -589,7 +589,7 @@ def test_level_codes_of_implicit_codebooks_are_computed():
     np.testing.assert_allclose(level_codes(LFQ(2), 0), [[-1, -1], [1, -1], [-1, 1], [1, 1]])
     first, second = (level_codes(ResidualFSQ((4, 2), 2), level) for level in (0, 1))
     np.testing.assert_allclose(first, level_codes(FSQ((4, 2)), 0))
-    # a cell of half of [-1, 1] in four, one of a step of 2 in two
+    # the second level divides an interval of the first: of width 1/2 by four, of width 2 by two
     np.testing.assert_allclose(second, [[a, b] for b in (-0.5, 0.5) for a in (-0.1875, -0.0625, 0.0625, 0.1875)])
     code_KD = torch.randn(5, 3)
     vq = VQ(3, 5, update="gradient", cosine=True).eval()
@@ -612,14 +612,14 @@ def test_quantisers_are_found_by_codebook_name():
     assert find_quantiser(Fake((4,)), "", (8,)) is None
     one = small()
     assert find_quantiser(one, "", (12,)) is one.quantiser
-    # with quantisers of its own within
+    # with nested quantisers
     one.quantiser = ResidualVQ(5, 2, 12)
     assert find_quantiser(one, "", (12, 12)) is one.quantiser
-    # of indices that are told in other digits
+    # indices with other digits
     assert find_quantiser(one, "", (4, 3)) is None
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

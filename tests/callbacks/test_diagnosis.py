@@ -1,4 +1,4 @@
-"""What hand-made loss curves are said to show."""
+"""Diagnosis of example loss curves."""
 
 import math
 import re
@@ -80,7 +80,7 @@ def test_code_and_pca_are_compared():
         assert sections(Curves(**values, mse=mse, pca_mse=pca_mse)) == ["level"]
     headings = {"## Worse than PCA", "## Dead units", "## Posterior collapse", "## Decode gives logits"}
     assert headings <= set(docs_page().read_text().splitlines())
-    # a code that says nothing, and one that is decoded into another space, are no matter of epochs
+    # findings about the code or the decoder's output take precedence over the curves
     none = {"dead_units": 16, "mse": 0.07, "pca_mse": 0.027}
     (collapse,) = diagnose(Curves(**values, **none, has_posterior=True, has_beta=True))
     assert re.match("posterior collapse: all 16 units .* try a smaller --model.beta", collapse.text)
@@ -102,5 +102,5 @@ def test_curves_with_gaps_and_short_ones_are_read():
     nowhere = [math.nan] * 60
     (verdict,) = diagnose(Curves(untouched.epochs, untouched.train, nowhere, 3000))
     assert "train/loss fell" in verdict.text
-    # a rise of both is no overfitting, nor is a fall of both
+    # overfitting needs a rise of the validation loss only
     assert sections(EXAMPLES["rising"]) == ["rising"]

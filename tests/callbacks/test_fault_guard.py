@@ -1,4 +1,4 @@
-"""Steps that are not finite change nothing, are counted, and end a run that makes no others."""
+"""Non-finite steps change nothing, are counted, and end a run if there are too many in a row."""
 
 import copy
 import shlex
@@ -26,12 +26,12 @@ BATCHES = 6
 
 
 class Norms(VAE):
-    """A small model, with BatchNorm and a buffer that each step replaces; at chosen steps something is not finite.
+    """A small model with BatchNorm and a buffer replaced in each step, and non-finite values in chosen steps.
 
     Args:
-        faults: for the number of a batch since the start, what is not finite then: the term kl, the gradient of one
-            layer, (overflow) its squares, or the loss with gradients that are.
-        buffers: without them the guard has nothing to keep.
+        faults: what is not finite, by batch number: the term kl, the gradient of one layer, (overflow) its squares, or
+            the loss, with finite gradients.
+        buffers: without buffers, the guard does not have to save any.
     """
 
     def __init__(self, faults: dict[int, str] | None = None, optimizer: str = "adam", *, buffers: bool = True) -> None:
@@ -47,7 +47,7 @@ class Norms(VAE):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        # here, since a process that is started gets the model without its hooks
+        # registered here, since started processes get the model without its hooks
         values = {"gradient": torch.inf, "overflow": 1e20}
         self.layer.weight.register_hook(lambda g: g.fill_(values[self.fault]) if self.fault in values else g)
 
@@ -70,7 +70,7 @@ class Norms(VAE):
 
 
 class States(pl.Callback):
-    """What a batch may change, before the first and after each."""
+    """The state that a batch may change, before the first and after each."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
@@ -127,7 +127,7 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     return [name for name in after if name not in before or not torch.equal(before[name], after[name])]
 
 
-# ---- one bad step ---------------------------------------------------------------------------------------------------
+# ---- single non-finite steps -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
@@ -149,7 +149,7 @@ def test_non_finite_step_is_skipped_and_counted(capsys, fault, optimizer, defers
     assert made.skipped == 1
     terms = {"kl": ["kl"], "batch": ["nll", "kl", "elbo"]}.get(fault, ["gradient"])
     assert dict(made.by_term) == dict.fromkeys(terms, 1)
-    # the KL term does not reach the decoder
+    # the KL term does not depend on the decoder
     parts = ["encoder", "decoder"] if fault == "batch" else ["encoder"]
     assert dict(made.by_part) == dict.fromkeys(parts, 1)
     line = next(line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
@@ -159,12 +159,12 @@ def test_non_finite_step_is_skipped_and_counted(capsys, fault, optimizer, defers
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_device_guard_matches_host_guard(ema):
-    """Faults in a row, at the start, at the end of an epoch, of several kinds; several looks within an epoch."""
+    """Consecutive faults, at the start, at the end of an epoch and of several kinds; several checks per epoch."""
     faults = {0: "kl", 3: "gradient", 4: "kl", 5: "kl", 9: "gradient", 11: "kl", 13: "kl"}
     ends = []
     for made in (guard(False), guard(True, every_n_steps=2)):
         model, states = Norms(faults), States()
-        # the average begins after the first step, which is bad: what it begins with nobody on the host would know
+        # the average starts after the first step, which is bad, so the host does not know its initial value
         fit(model, made, *([EMA(0.9, start_step=1)] if ema else []), states, epochs=3)
         ends.append((states.seen[-1], made.state_dict()))
     (host, counted), (device, counted_there) = ends
@@ -179,7 +179,7 @@ def test_device_guard_matches_host_guard(ema):
 
 
 class Hooked(FaultGuard):
-    """Its hooks are called in every step, as those of any class but the zoo's own."""
+    """Its hooks are called in every step, as those of any subclass."""
 
 
 CLIPS = {
@@ -224,19 +224,19 @@ def test_fast_loop_guard_matches_hook_guard(monkeypatch, capsys, optimizer, clip
         "by_term": {"kl": 3, "gradient": 3, "loss": 1},
         "by_part": {"encoder": 6},
     }
-    # of the one that is asked only for a bad step and the next good one, which ends the row
+    # called only for a bad step and for the good one after it, which resets the row
     assert called == {FaultGuard: 7 + 4, Hooked: 3 * BATCHES}
 
 
 class Alternate(pl.Callback):
-    """Clips by norm and by value in turns."""
+    """Clips by norm and by value in turn."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         trainer.gradient_clip_algorithm = [GradClipAlgorithmType.NORM, GradClipAlgorithmType.VALUE][batch_idx % 2]
 
 
 class Tenth(Norms):
-    """Clips in a way of its own, set after it was made."""
+    """Its own clipping, set after construction."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -261,7 +261,7 @@ def test_gradients_are_clipped_as_configured(monkeypatch, model, callbacks):
 
 
 class Shake(pl.Callback):
-    """Changes gradients before a step, to ones that are not finite in the third."""
+    """Changes gradients before a step, to non-finite ones in the third."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 2:
@@ -281,7 +281,7 @@ def test_guard_falls_back_when_step_is_not_one_batch(options):
     states = States()
     fit(Norms({2: "loss"}, buffers=False), made, states, **options)
     assert made.skipped == 1
-    # of two batches whose gradients are summed it was the first
+    # with two accumulated batches, the first one is bad
     bad = 3 if "accumulate_grad_batches" in options else 2
     assert differing(states.seen[bad], states.seen[bad + 1]) == []
 
@@ -293,12 +293,12 @@ def test_gradients_of_every_layout_are_checked(kind):
         gradient = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
         gradient[1, 0, 2, 0] = value
         if kind == "half":
-            gradient = gradient.half() * 6e4  # squares that are beyond float16
+            gradient = gradient.half() * 6e4  # squares overflow float16
         elif kind == "sparse":
             gradient = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), gradient, (4, 3, 4, 4), check_invariants=True)
         assert fault_guard._overflows([torch.ones(3, dtype=gradient.dtype), gradient]) == (value != 1), value
         mixed = [torch.ones(3, dtype=torch.float64), gradient, torch.ones(3, dtype=torch.bfloat16)]
-        # squares of 1e30 are no trouble in double precision
+        # squares of 1e30 are finite in float64
         assert fault_guard._overflows(mixed) == (value != 1 if kind == "half" else value not in (1.0, 1e30)), value
 
 
@@ -327,7 +327,7 @@ def test_reading_state_keeps_skip_count():
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
-def test_under_accumulation_all_batches_of_a_step_are_dropped(defers):
+def test_all_accumulated_batches_of_bad_step_are_dropped(defers):
     made, states = guard(defers), States()
     fit(Norms({2: "kl"}), made, states, accumulate_grad_batches=2)
     # batches 2 and 3 are one step
@@ -338,12 +338,12 @@ def test_under_accumulation_all_batches_of_a_step_are_dropped(defers):
 
 def test_gradient_scaler_overflows_are_not_counted():
     made, states = guard(), States()
-    # in float16 the first steps overflow under so large a scale
+    # the scale is so large that the first steps overflow in float16
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
     plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
     fit(Norms({20: "kl"}), made, states, epochs=4, plugins=[plugin])
     assert scaler.get_scale() < 2**18
-    assert differing(states.seen[0], states.seen[1])  # the statistics of BatchNorm, and no weights
+    assert differing(states.seen[0], states.seen[1])  # the statistics of BatchNorm, no weights
     assert not {name for name, _ in Norms().named_parameters()} & {*differing(states.seen[0], states.seen[1])}
     assert differing(states.seen[20], states.seen[21]) == []
     assert (made.skipped, dict(made.by_term)) == (1, {"kl": 1})
@@ -352,7 +352,7 @@ def test_gradient_scaler_overflows_are_not_counted():
 
 
 class Two(pl.LightningModule):
-    """Two optimisers in one step, one for each layer; from time to time one of them gets a bad gradient."""
+    """Two optimisers in one step, one for each layer; sometimes one of them has a bad gradient."""
 
     def __init__(self, bad: int) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ class Two(pl.LightningModule):
 
 
 def test_momentum_starts_at_first_finite_step():
-    """Torch's kernel of SGD, told to skip its very first step, would leave momentum whatever was in that memory."""
+    """If torch's SGD kernel skips its very first step, the momentum is uninitialised memory."""
     ends = []
     for defers in (False, True):
         model = Norms({0: "kl"}, "sgd")
@@ -392,7 +392,7 @@ STARTED = {
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize("name", STARTED)
 def test_data_init_uses_first_finite_batch(name, defers):
-    """A first batch that has overflowed leaves nothing: neither parameters started from it nor none started at all."""
+    """A first batch that overflows must not initialise parameters, nor prevent later initialisation."""
 
     class StateRecorder(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -427,7 +427,7 @@ def test_only_optimiser_with_bad_gradients_skips(defers):
     assert dict(made.by_part) == {"second": 1}
 
 
-# ---- the end of a run -----------------------------------------------------------------------------------------------
+# ---- end of a run ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("defers", [False, True], ids=["host", "device"])
@@ -453,7 +453,7 @@ def test_report_names_first_broken_layer(tmp_path):
         model.decoder[1].weight[0, 0] = 3e38
 
     class Grow(pl.Callback):
-        """Finite on the first batch, too large on those that follow."""
+        """Finite for the first batch, too large for the following ones."""
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             pl_module.decoder[1].bias.data[0] = 3e38 if batch_idx else 0.0
@@ -480,7 +480,7 @@ def test_finite_step_resets_patience():
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [None, "elsewhere"])
 def test_reported_command_reproduces_fault(tmp_path, monkeypatch, capsys, folder):
-    """From the command line: exit code 2, one line, the samples of the batch by number, and the way back to them."""
+    """From the command line: exit code 2, one line with the sample numbers of the batch, and how to load them."""
     monkeypatch.chdir(tmp_path)
     true = VAE.loss
 
@@ -534,7 +534,7 @@ def test_bad_values_are_refused(values):
         FaultGuard(**values)
 
 
-# ---- CUDA graphs ----------------------------------------------------------------------------------------------------
+# ---- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
 def test_guard_without_per_batch_state_is_capturable():
@@ -550,7 +550,7 @@ def test_guard_without_per_batch_state_is_capturable():
 
 
 def test_each_replay_of_a_recorded_step_is_counted():
-    """As the fast loop does it: the hook is called once, while the step is recorded, and told of each replay."""
+    """As in the fast loop: the hook is called once, while the step is recorded, and notified of each replay."""
     made, average = guard(True), EMA(0.9)
     model = VAE((6,), hidden_dims=(5,))
     outputs, seen = {"kl": torch.zeros(())}, {}
@@ -564,12 +564,12 @@ def test_each_replay_of_a_recorded_step_is_counted():
             captured = optimizer.found_inf
             for batch_idx, bad in enumerate((0, 1, 1, 0, 1)):
                 if batch_idx == 3:
-                    # a batch that no graph holds
+                    # a batch without a graph
                     outputs["kl"].zero_()
                     made.on_before_optimizer_step(trainer, pl_module, optimizer)
                     assert average.skipped is not captured
                     made.on_train_batch_end(trainer, pl_module, outputs, None, batch_idx)
-                captured.fill_(bad)  # what a replay does
+                captured.fill_(bad)  # as a replay does
                 outputs["kl"].fill_(torch.nan if bad else 0.0)
                 made.replayed()
                 assert average.skipped is captured
@@ -600,11 +600,11 @@ def test_norms_are_taken_without_a_joint_kernel(monkeypatch):
     assert [norm.shape for norm in norms] == [()]
 
 
-# ---- several processes ----------------------------------------------------------------------------------------------
+# ---- several processes -----------------------------------------------------------------------------------------------
 
 
 class Ranks(pl.Callback):
-    """What each rank has at the end, in a separate file."""
+    """Saves the final state of each rank to a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -616,7 +616,7 @@ class Ranks(pl.Callback):
 
 
 class OneRank(Norms):
-    """Its loss is not finite on the second process only."""
+    """The loss is not finite in the second process only."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x, y)
@@ -633,5 +633,5 @@ def test_two_processes_skip_the_same_steps(tmp_path):
     assert first["by_part"] == second["by_part"] == {"encoder": 1, "decoder": 1}
     for name, value in first["weights"].items():
         assert value.isfinite().all(), name
-        # the statistics of BatchNorm are those of a rank's own samples
+        # each rank has its own BatchNorm statistics
         assert "running" in name or torch.equal(value, second["weights"][name]), name

@@ -1,4 +1,4 @@
-"""metrics.csv, curves.png and what is compared at the end of a fit."""
+"""metrics.csv, curves.png and the comparisons at the end of a fit."""
 
 import csv
 import math
@@ -40,7 +40,7 @@ def test_each_epoch_has_a_line_whatever_the_logger(fit, events, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_with_its_curves(fit, tmp_path):
+def test_a_resumed_run_continues_its_curves(fit, tmp_path):
     def run(name, epochs, ckpt_path=None):
         curves, saver = LearningCurves(), Checkpoints()
         fit(
@@ -52,7 +52,7 @@ def test_a_resumed_run_goes_on_with_its_curves(fit, tmp_path):
 
     last, first, kept, lines = run("run", 2)
     Path(last).rename(tmp_path / "two.ckpt")
-    run("run", 5, str(tmp_path / "two.ckpt"))  # abandoned
+    run("run", 5, str(tmp_path / "two.ckpt"))  # an abandoned branch
     _, curves, stored, found = run("run", 4, str(tmp_path / "two.ckpt"))
     assert curves.epochs == [1, 2, 3, 4] and curves.steps == 12
     assert curves.train[:2] == first.train and curves.val[:2] == first.val
@@ -69,7 +69,7 @@ def test_table_is_rewritten_only_if_necessary(tmp_path):
     table.add({"epoch": 1, "step": 6, "b": 3.5, "a": 0.5})
     assert path.read_text() == "epoch,step,a,b\n0,3,,1.5\n1,6,0.5,3.5\n"
     with path.open("a") as file:
-        file.write("2,9")  # as a killed run leaves it
+        file.write("2,9")  # as left by a killed run
     table = MetricsCSV(path)
     table.resume(6)
     table.add({"epoch": 2, "step": 9, "b": 4.5})

@@ -1,4 +1,4 @@
-"""predictions.npz: in the order of the data, one file of all ranks, resumed after a kill, in little memory."""
+"""predictions.npz: in the order of the data, one file for all ranks, resumed after a kill, with little memory."""
 
 import json
 import os
@@ -27,14 +27,14 @@ N, BATCH = 103, 10
 
 
 class Noisy(Fake):
-    """Its predictions hold draws."""
+    """Predictions depend on random numbers."""
 
     def predict_step(self, batch, batch_idx):
         return super().predict_step((batch[0], None), batch_idx) | {"label": torch.rand(len(batch[0]))}
 
 
 class Stop(pl.callbacks.Callback):
-    """Ends a prediction within a batch, and counts the samples that are given to the model."""
+    """Ends a prediction within a batch, and counts the samples passed to the model."""
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.seen = at, 0
@@ -190,7 +190,7 @@ def test_second_prediction_into_a_folder_is_refused(predict, tmp_path):
 
 
 def photos(folder: Path, n: int, size: int = 8, n_train: int = 20) -> list[str]:
-    """A folder of pictures with a separate training split."""
+    """A folder of images with a separate training split."""
     pixels = np.random.default_rng(0).integers(0, 256, (n_train, size, size), np.uint8)
     names: list[Path] = []
     for i in range(n + n_train):
@@ -256,9 +256,9 @@ for argv in commands:
 
 
 def run(*commands: list[str], at: int = -1) -> list[list[float]]:
-    """Batches that each command computed, and the most memory until its end, MiB; it is killed within batch `at`."""
+    """Batches computed by each command, and peak memory until its end in MiB; killed within batch `at`."""
     command = [sys.executable, "-W", "ignore", "-c", RUN, json.dumps(commands), str(at)]
-    # one thread and one arena, of which others take memory by chance
+    # a single thread and arena, since more of them use a varying amount of memory
     settings = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=settings)
     if at > 0:
@@ -271,7 +271,7 @@ def run(*commands: list[str], at: int = -1) -> list[list[float]]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process cannot tell what it took at most")
 def test_killed_prediction_resumes_in_little_memory(tmp_path):
-    """Of 160 photographs, whose reconstructions take 31 MiB, and of four times as many."""
+    """For 160 photographs, whose reconstructions take 31 MiB, and for four times as many."""
     photos(tmp_path / "few", 1, 224)
     size = ["--model.latent_dim=4", "--model.hidden_dims=[4]", "--trainer.max_epochs=1"]
     size += [f"--trainer.default_root_dir={tmp_path / 'runs'}"]

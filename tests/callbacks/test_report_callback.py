@@ -1,4 +1,4 @@
-"""report.html and run.json, which a fit writes."""
+"""report.html and run.json written by a fit."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from aezoo.errors import AezooError
 
 
 class Ends(pl.Callback):
-    """Ends a fit in the second epoch by an error or a signal."""
+    """Ends a fit in the second epoch with an error or a signal."""
 
     def __init__(self, error):
         self.error = error
@@ -79,7 +79,7 @@ def test_continued_run_keeps_its_earlier_starts(fit, folder):
     fit(Fake((4,)), LearningCurves(), Report(), Checkpoints(), enable_checkpointing=True, ckpt_path=last, max_epochs=3)
     assert [start["epochs"] for start in record(folder)["fits"]] == [2, 1]
     assert "2, of which 2 were not killed" in (folder / "report.html").read_text("utf-8")
-    # a new run in the same folder is another
+    # a new run in the same folder is counted separately
     fit(Fake((4,)), Report())
     assert len(record(folder)["fits"]) == 1
 

@@ -1,4 +1,4 @@
-"""Counts over the validation set, throughput, histograms, and the TensorBoard tabs."""
+"""Statistics of the validation set, throughput, histograms, and the TensorBoard tabs."""
 
 import json
 import re
@@ -22,6 +22,7 @@ import aezoo
 from aezoo.callbacks import CodeStatistics, Dashboard, Histograms, Reconstructions, Samples, Summary, Throughput
 from aezoo.callbacks.dashboard import differing, hyperparameters
 from aezoo.callbacks.loggers import TensorBoard
+from aezoo.callbacks.validation_schedule import ValidationSchedule
 from aezoo.data import DataModule
 from aezoo.errors import AezooError
 
@@ -31,7 +32,7 @@ def frozen(model: pl.LightningModule) -> pl.LightningModule:
     return model
 
 
-# ---- CodeStatistics -------------------------------------------------------------------------------------------------
+# ---- CodeStatistics --------------------------------------------------------------------------------------------------
 
 
 def test_active_units_and_kl_over_the_whole_set(fit, monkeypatch, tmp_path):
@@ -39,9 +40,9 @@ def test_active_units_and_kl_over_the_whole_set(fit, monkeypatch, tmp_path):
     monkeypatch.setattr(CodeStatistics, "_draw", lambda self, trainer: shown.append(self._undrawn))
     model = frozen(FakeVAE((1, 6, 6), latent_dim=5))
     with torch.no_grad():
-        model.encoder[2].weight[:2] *= 0.01  # two units that hardly move
-        model.encoder[2].bias.add_(1.0)  # far from the prior, mean and variance
-    # 45 samples in batches of 16, 16 and 13: the mean of the batches' means would be another number
+        model.encoder[2].weight[:2] *= 0.01  # two nearly constant units
+        model.encoder[2].bias.add_(1.0)  # posteriors far from the prior in mean and variance
+    # 45 samples in batches of 16, 16 and 13: the mean over batches would give another value
     trainer = fit(model, CodeStatistics(), n=45, max_epochs=1)
     x = digits((1, 6, 6), 45).tensors[0]
     with torch.no_grad():
@@ -103,11 +104,11 @@ def test_unsupported_models_and_dry_runs_log_nothing(fit):
     assert "val/active_units" not in fit(FakeVAE((4,)), CodeStatistics(every_n_epochs=0)).callback_metrics
 
 
-# ---- Throughput -----------------------------------------------------------------------------------------------------
+# ---- Throughput ------------------------------------------------------------------------------------------------------
 
 
 class Clocked(Fake):
-    """On a clock of its own: 2 s a training batch, 300 s the first one, 50 s a validation batch."""
+    """Uses its own clock: 2 s per training batch, 300 s for the first one, 50 s per validation batch."""
 
     now, first = 0.0, True
 
@@ -130,6 +131,16 @@ def test_throughput_counts_only_training(fit, events, monkeypatch, options):
     assert [event.value for event in events().Scalars("train/samples_per_s")] == [8.0, 8.0]
 
 
+def test_throughput_of_short_epochs_is_logged_with_validations(fit, events, monkeypatch):
+    model = Clocked((4,))
+    monkeypatch.setattr("aezoo.callbacks.throughput.time", SimpleNamespace(perf_counter=lambda: model.now))
+    fit(model, Throughput(), ValidationSchedule(), n=48, max_epochs=30)
+    found = events().Scalars("train/samples_per_s")
+    # epochs of 3 batches, of which every third is validated, as are the first and the last
+    assert [event.step for event in found] == [2, *range(8, 90, 9)]
+    assert [event.value for event in found] == [8.0] * 11
+
+
 def test_throughput_of_single_batches_waits_for_the_second(fit, events):
     fit(Fake((4,)), Throughput(), n=16, max_epochs=3)
     assert [event.step for event in events().Scalars("train/samples_per_s")] == [1, 2]
@@ -138,10 +149,10 @@ def test_throughput_of_single_batches_waits_for_the_second(fit, events):
 def test_throughput_skips_resumed_empty_epoch():
     callback, model = Throughput(), Fake((4,))
     callback.on_train_start(None, model)
-    callback.on_train_epoch_end(None, model)  # would log, which a model without a trainer cannot
+    callback.on_train_epoch_end(None, model)  # logging would fail without a trainer
 
 
-# ---- Histograms -----------------------------------------------------------------------------------------------------
+# ---- Histograms ------------------------------------------------------------------------------------------------------
 
 
 def test_histograms_on_request(fit, events):
@@ -178,7 +189,7 @@ def test_a_negative_period_is_refused(cls):
         cls(every_n_epochs=-2)
 
 
-# ---- Dashboard ------------------------------------------------------------------------------------------------------
+# ---- Dashboard -------------------------------------------------------------------------------------------------------
 
 
 def context(folder: Path) -> TBContext:
@@ -194,7 +205,7 @@ def logger(folder: Path, version: str = "0") -> TensorBoard:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")  # TensorBoard's own import
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")  # of TensorBoard's imports
 def test_train_and_val_share_a_chart(fit, events, tmp_path):
     from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 
@@ -250,7 +261,7 @@ def test_the_first_page_is_the_loss_and_then_pictures(fit, events, tmp_path):
         "pictures/01 reconstructions",
         "pictures/02 samples",
     ]
-    # TensorBoard sorts groups by name, and draws what has one name in one chart
+    # TensorBoard sorts groups by name, and draws tags of equal name in one chart
     assert sorted({*groups, "pictures"})[:2] == ["loss", "pictures"]
     assert list(scalars(run / "train")) == list(scalars(run / "val")) == ["loss"]
     written = scalars(run)
@@ -260,7 +271,7 @@ def test_the_first_page_is_the_loss_and_then_pictures(fit, events, tmp_path):
 
 
 class Loose(aezoo.Autoencoder):
-    """A model of a user, whose signature does not say the arguments of its base."""
+    """A user's model, whose signature does not name the arguments of its base."""
 
     def __init__(self, input_shape, *, width=2, **kwargs):
         super().__init__(input_shape, **kwargs)
@@ -273,7 +284,7 @@ def test_hparams_contain_the_settings_that_differ_between_runs():
     found = differing(hyperparameters(trainer, model), trainer, model)
     changed = {"model.beta": 4.0, "model.hidden_dims": "(3, 4)", "trainer.max_epochs": 7, "data.batch_size": 64}
     assert found == {"model": "vae", "data.name": "digits", "data.num_labels": 50, **changed}
-    # what has its default, or follows from the network and the data, does not distinguish runs
+    # defaults and values that follow from the network and data are not listed
     model, data = aezoo.create_model("vae", input_shape=(1, 8, 8)), DataModule(name="digits", batch_size=32)
     trainer = SimpleNamespace(datamodule=data, max_epochs=45, world_size=1)
     assert differing(hyperparameters(trainer, model), trainer, model) == {"model": "vae", "data.name": "digits"}
@@ -301,10 +312,10 @@ def test_hparams_tab_shows_all_runs_with_their_metrics(fit, tmp_path):
     experiment = backend.experiment_from_metadata(
         request, "", True, contents, backend.hparams_from_data_provider(request, "", None)
     )
-    # the second model has no beta, and the first run's columns do not decide for the second
+    # columns of the first run that the second does not have, such as beta, are kept
     assert {"model", "model.beta", "trainer.max_epochs"} <= {info.name for info in experiment.hparam_infos}
     metrics = [(info.name.tag, info.name.group) for info in experiment.metric_infos]
-    # the table opens with the first
+    # the table is sorted by the first metric
     assert metrics[0] == ("loss", "best") and {("val/loss", ""), ("test/loss", "")} <= {*metrics}
     groups = Handler(
         request,
@@ -363,12 +374,12 @@ def test_resume_from_older_checkpoint_does_not_repeat_curves(fit, events, tmp_pa
         trainer = fit(Fake((4,)), Dashboard(), Keep(), logger=logger(tmp_path), max_epochs=max_epochs, **options)
         trainer.logger.log_metrics({"end": 0.0}, step=trainer.global_step)
         trainer.logger.finalize("success")
-        time.sleep(1.0)  # names of event files have seconds, and those of one second are read in no order
+        time.sleep(1.0)  # event files are named by the second, and within one second have no order
 
     run(2)
     run(5, ckpt_path=str(tmp_path / "two.ckpt"))
     run(4, ckpt_path=str(tmp_path / "two.ckpt"))
-    # three steps an epoch; what the first run wrote at its last step stays
+    # three steps per epoch; the first run's values at its last step are kept
     assert sorted(event.step for event in events().Scalars("val/loss")) == [2, 5, 8, 11]
     for part in ("train", "val"):
         assert sorted(step for step, _ in scalars(tmp_path / "run" / "0" / part)["loss"]) == [2, 5, 8, 11]
@@ -382,7 +393,7 @@ def test_dashboard_supports_missing_logger_and_dry_runs(fit, tmp_path):
     assert not list(tmp_path.rglob("*tfevents*"))
 
 
-# ---- Summary --------------------------------------------------------------------------------------------------------
+# ---- Summary ---------------------------------------------------------------------------------------------------------
 
 
 def test_summary_names_results_places_and_commands(fit, tmp_path, capsys):

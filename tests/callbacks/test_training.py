@@ -1,4 +1,4 @@
-"""Callbacks that touch training: annealing, averaged weights, interrupts and the bar."""
+"""Callbacks that affect training: annealing, averaged weights, interrupts and the progress bar."""
 
 import inspect
 import io
@@ -27,7 +27,7 @@ from aezoo.errors import AezooError
 
 
 class Watch(pl.Callback):
-    """What the model's attribute is in training and in validation."""
+    """Records the model's attribute in training and in validation."""
 
     def __init__(self, name: str) -> None:
         self.name, self.train, self.val = name, [], []
@@ -40,13 +40,13 @@ class Watch(pl.Callback):
             self.val.append(getattr(pl_module, self.name))
 
 
-# ---- BetaAnnealing --------------------------------------------------------------------------------------------------
+# ---- BetaAnnealing ---------------------------------------------------------------------------------------------------
 
 
 def test_linear_annealing(fit, events):
     watch = Watch("beta")
     model = FakeVAE((4,), beta=2.0)
-    fit(model, BetaAnnealing(n_steps=8), watch, max_epochs=4)  # three steps an epoch
+    fit(model, BetaAnnealing(n_steps=8), watch, max_epochs=4)  # three steps per epoch
     assert watch.train == [2.0 * min(1, step / 8) for step in range(12)]
     assert set(watch.val) == {2.0}
     assert model.beta == 2.0
@@ -75,7 +75,7 @@ def test_capacity_annealing(fit, events):
 
 
 @pytest.mark.slow
-def test_annealing_of_a_resumed_run_goes_on(fit, tmp_path):
+def test_annealing_of_a_resumed_run_continues(fit, tmp_path):
     whole, part = Watch("beta"), Watch("beta")
     fit(FakeVAE((4,)), BetaAnnealing(n_steps=10), whole, max_epochs=3)
     trainer = fit(FakeVAE((4,)), BetaAnnealing(n_steps=10), max_epochs=1)
@@ -100,7 +100,7 @@ def test_annealing_needs_a_model_with_the_attribute(fit):
         AezooError, match="BetaAnnealing in linear mode needs a model with a number `beta`, which Fake does not have"
     ):
         fit(Fake((4,)), BetaAnnealing(n_steps=5))
-    fit(Fake((4,)), BetaAnnealing())  # off
+    fit(Fake((4,)), BetaAnnealing())  # disabled
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ def test_annealing_does_not_recompile_at_every_step(fit):
     assert model.compiles <= 4, model.compiles
 
 
-# ---- EMA ------------------------------------------------------------------------------------------------------------
+# ---- EMA -------------------------------------------------------------------------------------------------------------
 
 
 class Trace(pl.Callback):
-    """Weights after each optimiser step, and those that validation sees."""
+    """Records weights after each optimiser step, and those used in validation."""
 
     def __init__(self) -> None:
         self.steps, self.seen = [], []
@@ -158,7 +158,7 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 
 
 def averages(steps: list[torch.Tensor], decay: float, every: int = 1, start: int = 0) -> list[torch.Tensor]:
-    """The average after each step, by hand."""
+    """The average after each step, computed explicitly."""
     found, average = [], None
     for i, weights in enumerate(steps):
         if i >= start and (i - start) % every == 0:
@@ -186,13 +186,13 @@ def test_ema_is_the_average_by_hand(fit, tmp_path, every, start, first):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
-def test_a_resumed_ema_goes_on(fit, tmp_path):
+def test_a_resumed_ema_continues(fit, tmp_path):
     def run(epochs, ckpt_path=None):
         pl.seed_everything(1, verbose=False)
         model = Fake((4,), lr=0.05)
         model.encoder[1].p = 0.0
         saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, enable_version_counter=False)
-        # one batch an epoch: the order in it does not matter
+        # one batch per epoch, so its order does not matter
         fit(model, EMA(0.8), saver, batch_size=48, max_epochs=epochs, enable_checkpointing=True, ckpt_path=ckpt_path)
         return flat(model)
 
@@ -251,7 +251,7 @@ def test_counters_are_copied_not_averaged(fit):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), [("topk_sae", {"k": 2}), ("rae", {"regulariser": "sn"})])
 def test_ema_weights_keep_model_constraints(fit, name, settings):
-    """Averages of unit vectors are shorter than 1, and that of a singular vector belongs to no weight."""
+    """Averages of unit vectors are shorter than 1, and an averaged singular vector belongs to no weight."""
     model = aezoo.create_model(name, (4,), latent_dim=8, lr=0.1, **settings)
     fit(model, EMA(0.8), max_epochs=4)
     if name == "rae":
@@ -263,7 +263,7 @@ def test_ema_weights_keep_model_constraints(fit, name, settings):
 
 
 class ScheduleFree(torch.optim.SGD):
-    """Switches to an average of the weights and back, as the optimisers of schedulefree."""
+    """Switches to an average of the weights and back, like the optimisers of schedulefree."""
 
     def train(self): ...
 
@@ -296,7 +296,7 @@ def test_ema_supports_other_precisions(fit, precision):
 
 @pytest.mark.slow
 def test_stored_centroids_are_not_averaged(fit):
-    """The average of a row of codes that moves on at each step is none of them: all would be the mean of the data's."""
+    """A running average of the queue of codes would tend to the mean code in every row."""
     ends = []
     for callbacks in ([], [EMA(0.8)]):
         torch.manual_seed(3)
@@ -328,7 +328,7 @@ def test_interrupted_ema_checkpoint_keeps_both_weights(fit, tmp_path, where):
     trace = Trace()
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="x", save_on_exception=True)
     with pytest.raises(RuntimeError, match="stop"):
-        # the callback that fails stands before EMA, which has not seen the last step then
+        # the failing callback comes before EMA, which has not yet seen the last step
         fit(Fake((4,), lr=0.05), trace, Fail(), EMA(0.8), saver, enable_checkpointing=True)
     stored = torch.load(tmp_path / "ckpt" / "x.ckpt", weights_only=True)
     expected = averages(trace.steps, 0.8)[-1]
@@ -343,7 +343,7 @@ def test_bad_averages_are_refused(values):
         EMA(**values)
 
 
-# ---- Interrupt ------------------------------------------------------------------------------------------------------
+# ---- Interrupt -------------------------------------------------------------------------------------------------------
 
 
 class Kill(pl.Callback):
@@ -366,7 +366,7 @@ HANDLERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 @pytest.fixture
 def handlers():
-    """Those of a terminal, also where the tests run under nohup."""
+    """Default signal handlers, even if the tests run under nohup."""
     of_tests = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in HANDLERS]
     yield
@@ -455,7 +455,7 @@ def test_no_signal_handler_outside_main_thread(fit):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 @pytest.mark.parametrize("at", [4, 5], ids=["within", "last batch"])
 def test_interrupted_checkpoint_resumes_exactly(tmp_path, at):
-    """Batches in order, one epoch's position kept by the loader: the weights equal those of a run in one piece."""
+    """The loader keeps its position within the epoch; final weights equal those of an uninterrupted run."""
 
     class Loader(DataLoader):
         done, skipped = 0, 0
@@ -497,7 +497,7 @@ def test_interrupted_checkpoint_resumes_exactly(tmp_path, at):
     assert torch.equal(run(ckpt_path=str(tmp_path / "last.ckpt")), expected)
 
 
-# ---- ProgressBar ----------------------------------------------------------------------------------------------------
+# ---- ProgressBar -----------------------------------------------------------------------------------------------------
 
 
 def terminal(monkeypatch, width: int) -> io.StringIO:
@@ -545,7 +545,7 @@ def test_progress_bar_reads_metrics_only_on_refresh(fit, monkeypatch):
     bar = ProgressBar(refresh_rate=1)
     asked = []
     monkeypatch.setattr(bar, "get_metrics", lambda *_: asked.append(1) or {})
-    monkeypatch.setattr("aezoo.callbacks.progress.time.monotonic", lambda: 100.0)  # no second passes
+    monkeypatch.setattr("aezoo.callbacks.progress.time.monotonic", lambda: 100.0)  # the clock does not advance
     fit(Fake((4,)), bar, n=640, max_epochs=1)
     # the first and the last of 40 batches, and the ends of the sanity check, the validation and the epoch
     assert len(asked) <= 5
@@ -558,7 +558,7 @@ def test_epochs_between_two_refreshes_are_not_drawn(fit, monkeypatch):
     refresh = Live.refresh
     monkeypatch.setattr(Live, "refresh", lambda live: drawn.append(1) or refresh(live))
     fit(Fake((4,)), ProgressBar(refresh_rate=1), max_epochs=40)
-    # start and end, the tasks of the sanity check and of the first epoch, and the refresh thread
+    # start, end, the tasks of the sanity check and first epoch, and the refresh thread
     assert len(drawn) < 20
     assert "Epoch 40/40" in out.getvalue()
 
@@ -588,7 +588,7 @@ def test_disabled_progress_bar_prints_nothing(fit, capsys, monkeypatch):
     assert out.getvalue() == ""
 
 
-# ---- all together ---------------------------------------------------------------------------------------------------
+# ---- all callbacks ---------------------------------------------------------------------------------------------------
 
 
 CLASSES = [getattr(zoo, name) for name in zoo.__all__ if isinstance(getattr(zoo, name), type)]
@@ -624,7 +624,7 @@ def test_mistyped_monitor_is_reported_within_an_epoch(fit, name):
     said = f"{name}.monitor is val/los, which is not logged so far: did you mean val/loss?"
     with pytest.warns(UserWarning, match=re.escape(said)), pytest.raises(Exception, match=r"`val/loss`|'val/loss'"):
         fit(FakeVAE((4,)), callback(monitor="val/los"), enable_checkpointing=True)
-    # those that only a whole validation or training logs
+    # metrics that are logged only at the end of validation or training
     for metric in ("val/loss", "val/active_units", "train/loss"):
         fit(FakeVAE((4,)), zoo.CodeStatistics(), callback(monitor=metric), enable_checkpointing=True, max_epochs=1)
 
@@ -642,7 +642,7 @@ def test_training_monitor_state_resets_between_fits(tmp_path, recwarn):
     assert saver.monitor == stop.monitor == "train/loss"
     best = saver.best_model_path
     trainer.test(model, data, ckpt_path=best, verbose=False)
-    assert saver.best_model_path == best  # by the metric that it was judged by
+    assert saver.best_model_path == best  # still by its own monitor
     assert not [str(one.message) for one in recwarn if "callbacks used to create" in str(one.message)]
     trainer.fit_loop.max_epochs = 3
     trainer.fit(model, DataModule.from_arrays(low, x_val=1 - high, batch_size=6))
@@ -653,9 +653,9 @@ def test_training_monitor_state_resets_between_fits(tmp_path, recwarn):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the filters of the tests
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # forks have the tests' filters
 def test_all_callbacks_together_on_two_processes(tmp_path):
-    """Numbers of the whole set on both ranks, files of rank zero only, no rank left waiting."""
+    """Metrics of the whole set on both ranks, files of rank zero only, and no rank waits for the other."""
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
@@ -677,7 +677,7 @@ def test_all_callbacks_together_on_two_processes(tmp_path):
     assert (tmp_path / "pictures" / "samples.png").is_file()
 
 
-# ---- EpochMetrics ---------------------------------------------------------------------------------------------------
+# ---- EpochMetrics ----------------------------------------------------------------------------------------------------
 
 
 def test_epoch_metrics_file_has_line_per_epoch(fit, events, tmp_path):

@@ -1,4 +1,4 @@
-"""Which epochs are validated if epochs are short, and what follows from it."""
+"""Which epochs are validated if epochs are short, and the effects on other callbacks."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ def epoch_of(trainer):
 
 
 class Validated(pl.Callback):
-    """The epochs that were validated, counted from 1."""
+    """Records the validated epochs, counted from 1."""
 
     def __init__(self):
         self.epochs = []
@@ -44,7 +44,7 @@ class Validated(pl.Callback):
 
 
 def validated(fit, *callbacks, model=None, **options):
-    """The validated epochs of a run with the schedule; an epoch has 3 batches, and a validation 3."""
+    """The validated epochs of a run with the schedule, with 3 training and 3 validation batches."""
     seen = Validated()
     settings = {"logger": False, "num_sanity_val_steps": 0, "max_epochs": 30} | options
     trainer = fit(model or Fake((4,)), *callbacks, seen, ValidationSchedule(), **settings)
@@ -55,12 +55,12 @@ def validated(fit, *callbacks, model=None, **options):
 @pytest.mark.parametrize(
     ("batches", "val_batches", "epochs", "period"),
     [
-        # 10, 60 and 500 steps an epoch, 8 batches of validation, with no limit and for usual numbers of epochs
-        (10, 8, None, 40), (10, 8, 125, 12), (10, 8, 60, 6), (10, 8, 5, 1),
-        (60, 8, None, 6), (60, 8, 20, 2), (60, 8, 19, 1),
-        (500, 8, None, 1), (500, 80, None, 1), (469, 79, None, 1), (469, 200, None, 2),
-        # without validation, for the checkpoints only
-        (10, 0, None, 36), (1, 1, None, 365), (1, 1, 0, 1),
+        # 10, 60 and 500 steps per epoch, 8 validation batches, without limit and for usual numbers of epochs
+        (10, 8, None, 58), (10, 8, 125, 12), (10, 8, 60, 6), (10, 8, 5, 1),
+        (60, 8, None, 9), (60, 8, 20, 2), (60, 8, 19, 1),
+        (500, 8, None, 1), (500, 80, None, 1), (469, 79, None, 1), (469, 200, None, 3),
+        # without validation: the period of checkpoints
+        (10, 0, None, 54), (1, 1, None, 545), (1, 1, 0, 1),
     ],
 )  # fmt: skip
 def test_period_by_counts_of_batches(batches, val_batches, epochs, period):
@@ -71,7 +71,7 @@ def test_period_by_counts_of_batches(batches, val_batches, epochs, period):
 def test_first_and_last_epoch_are_validated(fit):
     assert validated(fit, max_epochs=32) == [1, *range(3, 31, 3), 32]
     assert validated(fit, max_epochs=6) == [1, 2, 3, 4, 5, 6]
-    # epochs of one step, since all batches are accumulated; max_steps ends the run
+    # epochs of one step, with all batches accumulated; max_steps ends the run
     steps = {"max_epochs": -1, "accumulate_grad_batches": 4, "max_steps": 31}
     assert validated(fit, **steps) == [1, *range(3, 31, 3), 31]
 
@@ -79,7 +79,7 @@ def test_first_and_last_epoch_are_validated(fit):
 @pytest.mark.slow
 def test_last_whole_epoch_is_validated_before_max_steps(fit):
     assert validated(fit, max_epochs=-1, max_steps=3 * 21 + 1)[-3:] == [18, 20, 21]
-    # of six epochs each, also where the limit returns only when the training starts
+    # all epochs of a run with few epochs, even if the limit is only set when the training starts
     limited = {"max_epochs": -1, "max_steps": 3 * 6, "enable_checkpointing": True}
     assert validated(fit, Checkpoints(), **limited) == [1, 2, 3, 4, 5, 6]
 
@@ -164,7 +164,7 @@ def test_stop_within_an_epoch_is_validated_at_once(fit):
 
 
 class Worsening(Fake):
-    """Its validation loss is lowest in an epoch that is given."""
+    """Its validation loss is lowest in a given epoch."""
 
     best = 1
 
@@ -175,7 +175,7 @@ class Worsening(Fake):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("patience", "best", "stopped"),
-    # validated are the epochs 1, 5, 10, 15, ...; at least three of them are without improvement
+    # epochs 1, 5, 10, 15, ... are validated; at least three validations must be without improvement
     [(20, 10, 30), (21, 10, 35), (2, 10, 20), (1, 10, 15), (5, 10, 25)],
 )
 def test_patience_counts_epochs_and_at_least_three_validations(fit, patience, best, stopped):
@@ -230,7 +230,7 @@ class Stop(pl.Callback):
 
 
 class SignalAtStart(pl.Callback):
-    """Acts as if a signal had come after the end of the epoch before, which had reached a step."""
+    """Acts as if a signal had arrived after the end of an epoch, at a given step."""
 
     def __init__(self, step):
         self.step = step
@@ -241,7 +241,7 @@ class SignalAtStart(pl.Callback):
 
 
 def trained(folder: Path, step: int | None = None, start: int | None = None, ckpt_path: str | None = None):
-    """A run of 40 epochs of 4 batches, interrupted after a step, or by a signal before the step that follows it."""
+    """A run of 40 epochs of 4 batches, interrupted after a step or by a signal before the next one."""
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (4,), latent_dim=2, hidden_dims=(8,), lr=0.1)
     data = DataModule.from_arrays(torch.rand(80, 4, generator=torch.Generator().manual_seed(0)), batch_size=16)

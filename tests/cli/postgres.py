@@ -1,4 +1,4 @@
-"""A PostgreSQL server of its own for the tests that need one: in a temporary folder, and gone when they end."""
+"""A temporary PostgreSQL server for tests, in a temporary folder."""
 
 import contextlib
 import os
@@ -27,12 +27,12 @@ def binaries() -> Path | None:
 
 @contextlib.contextmanager
 def server() -> Iterator[int]:
-    """Start a server on 127.0.0.1 and give its port; it ends with this process, however that ends."""
+    """Start a server on 127.0.0.1 and yield its port; it ends with this process in any case."""
     folder = Path(tempfile.mkdtemp(prefix="aezoo-postgres-"))
     own = binaries()
     assert own is not None
     drop = ["setpriv", "--pdeathsig=QUIT"]
-    if os.geteuid() == 0:  # which initdb and postgres refuse
+    if os.geteuid() == 0:  # initdb and postgres refuse to run as root
         user = pwd.getpwnam("nobody")
         os.chown(folder, user.pw_uid, user.pw_gid)
         drop += [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
@@ -64,7 +64,7 @@ def server() -> Iterator[int]:
                         time.sleep(0.1)
                 yield port
             finally:
-                process.send_signal(signal.SIGINT)  # without waiting for clients
+                process.send_signal(signal.SIGINT)  # fast shutdown, which does not wait for clients
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -75,7 +75,7 @@ def connect(port: int, database: str = "postgres") -> psycopg.Connection:
 
 
 def create_database(port: int, name: str) -> str:
-    """Create an empty database and give its address, with the password."""
+    """Create an empty database and return its address, with the password."""
     with connect(port) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return f"postgresql://{USER}:{QUOTED}@127.0.0.1:{port}/{name}"

@@ -1,6 +1,6 @@
-"""Values that cannot work, for every constructor argument and every flag, generated from the signatures.
+"""Invalid values for every constructor argument and every option, generated from the signatures.
 
-Each is refused in one line before anything is trained, or stands in a table below with its meaning.
+Each is refused in one line before training, or listed in a table below with its meaning.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from aezoo.errors import AezooError
 
 HUGE = 10**12
 VALUES = (-1, 0, 1.5, math.nan, math.inf, -math.inf, HUGE, 10**30, "", "abc", "1", [], [0], ["a"], None, True, {"a": 1})
-# what works although it looks odd, by the last part of the name; everything else must be refused
+# values that are valid although they look unusual, by the last part of the name; all others must be refused
 WEIGHT = {0, 1.5}
 NEVER, OFF, ALL, NONE, ON = {HUGE}, {0}, {-1}, {None}, {True}
 MEANING = {
-    # models: a term may have any finite weight; a dictionary or a wait longer than there is
+    # models: any finite weight of a term; more latents or a longer wait than there are
     "contraction": WEIGHT, "l1": WEIGHT, "beta": WEIGHT, "aux_weight": WEIGHT, "weight_decay": WEIGHT, "lr": {1.5},
     "warmup_steps": OFF | NEVER, "k_aux": OFF | NEVER, "dead_after": NEVER, "latent_map": ON,
     "class_token": ON, "heads": OFF, "decoder_heads": OFF, "norm_eps": {1.5}, "unit_norm": ON, "pretrained": NONE,
-    "hidden_dims": {"[]", None},  # one layer, or those of the net
+    "hidden_dims": {"[]", None},  # no hidden layer, or those of the net
     "start_k": OFF, "k_steps": OFF | NEVER, "spatial": ON, "l1_steps": OFF | NEVER, "resample_steps": OFF | NEVER,
     "l0_weight": WEIGHT, "l0_steps": OFF | NEVER, "target_l0": WEIGHT, "targets": {"[]"},
     "l2": WEIGHT, "data_init": ON, "tied": ON, "multi_weight": WEIGHT, "fractions": {"[]"}, "theta_decay": OFF,
@@ -72,12 +72,12 @@ MEANING = {
     "eta": WEIGHT, "neighbours": NEVER, "share": WEIGHT, "mean_weight": WEIGHT, "variance_weight": WEIGHT,
     "quantised": OFF, "epsilon": {1.5},
     "places": NEVER, "dead_below": WEIGHT, "cosine": ON, "kl_steps": OFF | NEVER, "hard": ON, "top_dims": {"[]"},
-    # data: digits needs no folder; one batch of all; limits that are raised
+    # data: digits needs no folder; one batch of all samples; limits that are raised
     "root": {"", "abc", "1"}, "batch_size": {HUGE}, "val_fraction": OFF, "test_fraction": OFF, "seed": {0, HUGE},
     "size": NONE, "channels": NONE, "download": ON, "max_pixels": NEVER, "max_bytes": NEVER, "drop_last": ON,
     "hflip": OFF, "vflip": OFF, "crop_padding": OFF, "color_jitter": OFF,
     "num_workers": OFF | NONE, "train_classes": NONE | {"[0]", "['a']"},  # read with the labels
-    # of the sources synthetic_dictionary, activations, hf and stream only, which read them
+    # only for the sources synthetic_dictionary, activations, hf and stream, which read them
     "dictionary_active": {1.5}, "dictionary_correlation": OFF, "dictionary_noise": WEIGHT, "normalise": ON,
     "network": {"", "abc", "1"}, "layer": {"", "abc", "1"}, "of": {"", "abc", "1"},
     "column": {"", "abc", "1"}, "label_column": {"", "abc", "1"}, "cache_dir": {"", "abc", "1"}, "cache_bytes": NEVER,
@@ -115,24 +115,24 @@ FEWER = {
     ("joint_vae", "n_variables"): OFF,
     ("semi_supervised_vae", "alpha"): WEIGHT,
     ("sequence_ae", "hidden_dims"): NONE,
-    # of one net
+    # models with one kind of net
     **{(name, "hidden_dims"): {"[]"} for name in ("dense_ae", "conv_ae", "resnet_ae", "unet_ae", "stacked_dae")},
     **{(name, "hidden_dims"): {"[]"} for name in ("wta_ae", "taesd")},
-    # one patch of all
+    # one patch for the whole sample
     ("titok", "patch_size"): OFF | NEVER,
     ("soft_vq", "patch_size"): OFF | NEVER,
     ("maetok", "patch_size"): OFF | NEVER,
     ("wae_mmd", "mmd_weight"): WEIGHT,
-    ("info_vae", "alpha"): {-1, 0},  # the KL may weigh more than in an ELBO
+    ("info_vae", "alpha"): {-1, 0},  # the KL may have a larger weight than in an ELBO
 }
 
 
-# a setting of another source
+# message for a setting of another source
 OF_OTHERS = "does not apply to digits, only to"
 
 
 def constructors():
-    """(name, what builds it, its parameters) of every model, the DataModule and every callback."""
+    """(name, constructor, its parameters) of every model, the DataModule and every callback."""
     for name in own_models():
         cls = registry.model_class(name)
         yield name, lambda _name=name, **given: aezoo.create_model(_name, (1, 8, 8), **given), cls
@@ -144,7 +144,7 @@ def constructors():
 
 
 def data_module(**given):
-    """A DataModule; a good value is refused for digits after all if only other sources take its setting."""
+    """A DataModule of digits, or of the source to which its settings apply."""
     name = "synthetic_dictionary" if any(key.startswith("dictionary_") for key in given) else "digits"
     try:
         return DataModule(**{"name": name, **given})
@@ -154,7 +154,7 @@ def data_module(**given):
 
 
 def cases():
-    """Every parameter; those of models beside the representative ones are for the slow run."""
+    """Every parameter; those of models other than the representative ones are slow."""
     for name, build, cls in constructors():
         marks = [pytest.mark.slow] if issubclass(cls, aezoo.Autoencoder) and name not in REPRESENTATIVE else []
         for parameter in inspect.signature(cls).parameters:
@@ -169,7 +169,7 @@ def means_something(name, parameter, value):
 
 
 def refusal(build, parameter, value):
-    """The words of the refusal, None if there is none; any other error is a defect."""
+    """The error message, or None; other errors are defects."""
     try:
         build(**{parameter: value})
     except AezooError as error:
@@ -184,7 +184,7 @@ def test_constructor_refuses_invalid_values(build, name, parameter):
             build(**{parameter: value})
             continue
         message = refusal(build, parameter, value)
-        assert message is not None, f"{name} takes {parameter}={value!r} in silence"
+        assert message is not None, f"{name} accepts {parameter}={value!r}"
         assert len(message.splitlines()) == 1 and len(message) < 1000, message
 
 
@@ -200,12 +200,12 @@ def test_path_object_is_accepted_as_root():
     assert DataModule(name="digits", root=Path("data")).hparams["root"] == "data"
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 FIT = ["fit", "--model=vae", "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
 TEXTS = ("-1", "0", "1.5", "nan", "1e400", str(HUGE), str(10**30), "", "abc", "[]", "[0]", "{a: 1}", "null", "true")
 WORDS = {"-1": -1, "0": 0, "1.5": 1.5, str(HUGE): HUGE, "null": None, "true": True, "[]": "[]", "[0]": "[0]"}
-# a run, a folder, a column or a label may have any name
+# names of runs, folders, columns and labels are free
 FREE = (
     "name",
     *("data.root", "data.network", "data.layer", "data.of", "data.column", "data.label_column"),
@@ -239,7 +239,7 @@ def reached(*args, **kwargs):
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
-    """An empty folder, and a `fit` that only says that it was reached."""
+    """An empty folder, and a `fit` that only raises `Trained`."""
     monkeypatch.setattr(Trainer, "fit", reached)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -248,14 +248,14 @@ def prepared(tmp_path, monkeypatch):
 
 
 def outcome(flag):
-    """`trained`, or the line that refuses; anything else is a defect."""
+    """`trained`, or the error line; anything else is a defect."""
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             main([*FIT, flag])
         except Trained:
-            # what the run has taken: with an empty `checkpoints.dirpath` its lock is here
+            # files of the run: with an empty `checkpoints.dirpath` its lock is here
             for path in Path().iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return "trained"
@@ -272,7 +272,7 @@ def outcome(flag):
 
 
 def options(monkeypatch):
-    """Every option of fit that takes a value."""
+    """Every option of fit with a value."""
     with (
         monkeypatch.context() as patch,
         contextlib.redirect_stderr(io.StringIO()),
@@ -286,7 +286,7 @@ def options(monkeypatch):
 
 
 def may_train(option, text):
-    """Whether that text has a meaning there."""
+    """Whether the text is valid for the option."""
     section, _, key = option.partition(".")
     if option in FREE:
         return text != "" or section in ("data", "predictions", "checkpoints")
@@ -301,7 +301,7 @@ def check_flag(option, text):
     if may_train(option, text):
         assert said == "trained" or OF_OTHERS in said, f"--{option}={text}: {said}"
     else:
-        assert said != "trained", f"--{option}={text} is taken in silence"
+        assert said != "trained", f"--{option}={text} is accepted"
         assert len(said) < 1500, said
 
 
@@ -331,7 +331,7 @@ def test_trainer_settings_are_range_checked(key):
 
 @pytest.mark.slow
 def test_bad_value_of_each_option_exits_2_without_files(prepared, monkeypatch):
-    """Every text for every option in a run of the promises, else one text for each, drawn at random."""
+    """Every text for every option if the figures of guarantees are measured, else one random text for each."""
     found = options(monkeypatch)
     assert len(found) > 100
     draw = random.Random(0)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: fast commands, short names, recipes, runs from checkpoints, one-line errors."""
+"""The command line: fast commands, short names, recipes, runs from checkpoints, one-line errors."""
 
 import atexit
 import contextlib
@@ -58,7 +58,7 @@ def test_model_with_unloadable_checkpoints_is_not_trained(capsys, monkeypatch, t
     assert not Path("runs").exists()
 
 
-# ---- light commands -------------------------------------------------------------------------------------------------
+# ---- light commands --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -89,9 +89,9 @@ def test_garbage_collection_is_paused_during_imports(monkeypatch, whole):
 
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     monkeypatch.setattr(sys, "argv", ["aezoo", "fit"])
-    monkeypatch.setattr(gc, "freeze", lambda: seen.append("kept"))  # which would keep the garbage of the tests
+    monkeypatch.setattr(gc, "freeze", lambda: seen.append("kept"))  # freeze would keep the garbage of the tests
     monkeypatch.setattr(atexit, "register", seen.append)
-    monkeypatch.setitem(sys.modules, "aezoo.cli.lightning_cli", None)  # and after the test as it was
+    monkeypatch.setitem(sys.modules, "aezoo.cli.lightning_cli", None)  # restored after the test
     monkeypatch.setattr(aezoo.cli, "lightning_cli", None, raising=False)
     del sys.modules["aezoo.cli.lightning_cli"], aezoo.cli.lightning_cli
     main(None if whole else ["fit"])
@@ -112,7 +112,7 @@ def test_help_command_matches_help_flag(command, shows, capsys):
     assert said[0] == said[1] and shows in said[0]
 
 
-# defaults that the short help states in words, as they depend on the data, the model or the run
+# defaults that the short help describes in words, since they depend on the data, the model or the run
 IN_WORDS = {
     "--data.size": (None, "as they are"),
     "--data.batch_size": (128, "16 to 128"),
@@ -183,7 +183,7 @@ def test_help_describes_command_specific_flags(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help_all"])
         text = " ".join(capsys.readouterr().out.split())
-        assert text.startswith(f"usage: aezoo [options] {command}")  # under `python -m aezoo` too
+        assert text.startswith(f"usage: aezoo [options] {command}")  # also for `python -m aezoo`
         assert "A name of `aezoo recipes`, or a YAML file." in text and "--allow PKG Let a configuration" in text
         assert checkpoint in text and "registry" not in text.split("--ckpt_path CKPT_PATH", 2)[-1]
         assert "--weights_only" not in text and "A model of `aezoo list`" in text and "aezoo.models" not in text
@@ -252,7 +252,7 @@ def test_class_instantiation_error_is_reported(capsys):
     wrong = "{class_path: EarlyStopping, init_args: {monitr: val/loss}}"
     line = refused(capsys, "fit", "--model=vae", f"--trainer.callbacks+={wrong}")
     assert line == "aezoo: trainer.callbacks: Option 'monitr' is not accepted"
-    # as jsonargparse has it of a logger whose package is not there
+    # jsonargparse's message for a logger whose package is missing
     message = (
         "Does not validate against any of the Union subtypes\nErrors:\n"
         "  - Problem with given class_path 'lightning.pytorch.loggers.WandbLogger':\n"
@@ -310,7 +310,7 @@ def test_unencodable_characters_are_replaced_in_output():
     assert done.returncode == 0 and "(Ball? et al. 2017)" in done.stdout, done.stderr
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -418,7 +418,7 @@ def test_unscaled_table_trains_by_default():
     assert aezoo.load_model("runs/vae-table/0").input_shape == (30,)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -428,7 +428,7 @@ def test_fit_writes_files_and_names_next_commands(capsys):
     run = Path("runs/vae-digits/0")
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints"} and list(run.glob("events*"))
     names = {path.name for path in (run / "checkpoints").iterdir()}
-    # no folder made by the slash in val/loss
+    # the slash in val/loss does not make a folder
     assert names == {"best-000-3.ckpt", "last.ckpt", "last.ckpt.json", "finished.json"}
     assert "test/loss" in out.out and "aezoo reconstruct --ckpt_path runs/vae-digits/0" in out.out
     assert "litlogger" not in out.out + out.err and "litmodels" not in out.out + out.err
@@ -491,7 +491,7 @@ def test_every_run_has_a_folder_and_reusable_config():
     assert sorted(p.name for p in Path("runs/dense_ae-digits").iterdir()) == ["0", "1"]
     first, again = (aezoo.load_model(run) for run in ("runs/dense_ae-digits/1", "runs/config/0"))
     for one, other in zip(first.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)  # the same seed, the same numbers
+        assert torch.equal(one, other)  # the same seed gives the same weights
 
 
 @pytest.mark.slow
@@ -642,13 +642,13 @@ def test_best_checkpoint_is_taken_regardless_of_time():
     fit("--model", "dense_ae", "--trainer.max_epochs", "3", "--checkpoints.save_top_k=-1")
     files = sorted(Path("runs/dense_ae-digits/0/checkpoints").glob("best-*.ckpt"))
     assert len(files) == 3
-    os.utime(files[0])  # as a copy or an archive may leave them
+    os.utime(files[0])  # as after a copy or from an archive
     assert resolve_checkpoint("runs/dense_ae-digits/0") == files[-1]
 
 
 @pytest.mark.slow
 def test_second_model_checkpoint_does_not_change_best(capsys):
-    # the last epoch, which Lightning's own keeps, is not the best
+    # the last epoch, saved by Lightning's callback, is not the best
     diverges = ["--model.optimizer=sgd", "--model.lr=0.3", "--trainer.max_epochs=4"]
     fit("--model=dense_ae", *diverges, "--trainer.callbacks+=ModelCheckpoint")
     out, home = capsys.readouterr().out, Path("runs/dense_ae-digits/0/checkpoints")
@@ -673,7 +673,7 @@ def test_best_checkpoint_uses_training_loss_without_validation(capsys, without):
 
 @pytest.mark.slow
 def test_resume_with_validation_forgets_training_scores():
-    # whose loss is far below that of any validation with beta 0
+    # its loss is far below any validation loss with beta 0
     fit("--model", "vae", "--model.beta", "0", "--trainer.limit_val_batches", "0", "--trainer.max_epochs", "3")
     more = ["--trainer.limit_val_batches", "1.0", "--trainer.max_epochs", "4", "--model.beta", "1"]
     main(["fit", "--ckpt_path", "runs/vae-digits/0", *more])
@@ -685,7 +685,7 @@ def test_resume_with_validation_forgets_training_scores():
 
 
 def validated(run):
-    """The epochs of a run that have a validation loss, counted from 1, and its setting of them."""
+    """The validated epochs of a run, counted from 1, and its setting of them."""
     with (Path("runs") / run / "metrics.csv").open() as file:
         epochs = [int(row["epoch"]) + 1 for row in csv.DictReader(file) if row["val/loss"]]
     settings = yaml.safe_load((Path("runs") / run / "config.yaml").read_text())
@@ -703,12 +703,12 @@ def test_short_epochs_are_not_all_validated_by_default(capsys):
     assert found == ([1, *range(2, 21, 2)], 0)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert [int(line[6:].partition("/")[0]) for line in lines if "val/loss" in line] == found[0] and len(lines) == 20
-    # its own settings give the same run
+    # its config.yaml gives the same run
     main(["fit", "-c", "runs/run/0/config.yaml", "--name=again"])
     assert validated("again/0") == found
     fit(*few, "--name=each", "--trainer.check_val_every_n_epoch=1")
     assert validated("each/0") == ([*range(1, 21)], 1)
-    # a share of an epoch needs none that is skipped; the time limit ends the run after a validation
+    # a fraction of an epoch validates each epoch; a run that reaches its time limit ends with a validation
     fit(*few, "--name=share", "--trainer.val_check_interval=1.0", "--trainer.max_time=00:00:00:01")
     epochs = validated("share/0")[0]
     assert epochs == [*range(1, len(epochs) + 1)]
@@ -757,7 +757,7 @@ def test_too_many_cpu_processes_are_refused(capsys, monkeypatch):
     flags = ["fit", *QUICK, "--model=vae", "--trainer.accelerator=cpu", "--trainer.strategy=ddp_fork"]
     assert "has 2 core(s): give at most 8" in refused(capsys, *flags, "--trainer.devices=1000")
     assert not Path("runs").exists()
-    # what a cluster has started counts its cores in another way
+    # cluster launchers count cores differently
     monkeypatch.setattr(trainer_settings, "available_cores", lambda: 0)
     settings = SimpleNamespace(root_device=torch.device("cpu"), launcher=None)
     trainer_settings.check_processes(SimpleNamespace(strategy=settings, num_devices=8))
@@ -796,7 +796,7 @@ def test_ctrl_c_keeps_checkpoint_and_prints_resume_command():
     main(["fit", "--ckpt_path", "runs/vae-digits/0", "--trainer.max_epochs", str(checkpoint["epoch"] + 2)])
 
 
-# ---- recipes --------------------------------------------------------------------------------------------------------
+# ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", others_slow(recipes.recipes(), kept=("vae", "dense_ae")))
@@ -806,7 +806,7 @@ def test_every_recipe_trains_and_states_command_and_figure(name, fashion_files):
     assert head[1].startswith(f"# aezoo fit -c {name}")
     assert re.search(r"# reached: (test|train)/\S+ -?\d", head[-1]) or (is_published and "not run yet" in head[-1])
     flags = [f"--data.root={fashion_files}"] if "fashion" in name else []
-    if is_published:  # MNIST itself takes a network
+    if is_published:  # MNIST itself needs a network
         flags = ["--data.name=mnist5k", "--importance_samples=2"]
     short = [f"--trainer.limit_{split}_batches=1" for split in ("train", "val", "test")]
     main(["fit", "-c", name, *flags, "--trainer.max_epochs=1", *short, "--projector.n=0", *OFF])
@@ -815,7 +815,7 @@ def test_every_recipe_trains_and_states_command_and_figure(name, fashion_files):
 
 @pytest.fixture(scope="session")
 def fashion_files(tmp_path_factory):
-    """Idx files of 200 random pictures where torchvision keeps Fashion-MNIST."""
+    """Idx files of 200 random images in torchvision's folder of Fashion-MNIST."""
     root = tmp_path_factory.mktemp("data")
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -875,7 +875,7 @@ def test_a_run_has_the_name_that_was_given(capsys):
     assert [path.name for path in Path("runs").iterdir()] == ["my_run"]
     head = (run / "config.yaml").read_text().splitlines()[1]
     assert head.startswith("# aezoo fit --data.name=digits ") and head.endswith("--model.latent_dim=3 '--name=my run'")
-    # what continues the run does not change the command that began it
+    # resuming does not change the recorded command
     fit(*own, "--resume=auto", "--trainer.max_epochs=2")
     main(["fit", f"--ckpt_path={run}", "--trainer.max_epochs=3"])
     assert [path.name for path in run.parent.iterdir()] == ["0"]

@@ -1,4 +1,4 @@
-"""What a user meets by accident ends in one line that names cause and cure, at the command line and from Python."""
+"""Common accidents end in one line with cause and remedy, on the command line and in Python."""
 
 import errno
 import importlib.metadata
@@ -38,7 +38,7 @@ def refused(capsys, *argv):
     return error.splitlines()[-1].removeprefix("aezoo: ")
 
 
-# ---- data that a model was not made for -----------------------------------------------------------------------------
+# ---- unsuitable data -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", aezoo.list_models())
@@ -67,7 +67,7 @@ def test_shapes_are_checked_only_after_failure_in_training(monkeypatch):
     looks = []
     monkeypatch.setattr(input_checks, "_check", lambda *arguments: looks.append(arguments))
     model.encode(torch.rand(2, 4))
-    assert not looks  # the loop has looked at the first batch
+    assert not looks  # the training loop has checked the first batch
     with pytest.raises(RuntimeError, match="mat1"):
         model.encode(torch.rand(2, 5))
     assert looks
@@ -78,7 +78,7 @@ def test_images_from_0_to_255_are_refused(training):
     model = aezoo.create_model("vae", input_shape=(1, 8, 8)).train(training)
     with pytest.raises(AezooError, match=r"data in \[0, 1\], got values from 0 to 255"):
         model.check_batch(torch.linspace(0, 255, 128).reshape(2, 1, 8, 8))
-    # a value beyond those that the scale was taken from
+    # values beyond those seen for scaling are accepted in evaluation
     if not training:
         model.check_batch(torch.linspace(-0.5, 2, 128).reshape(2, 1, 8, 8))
 
@@ -101,7 +101,7 @@ def test_checkpoint_of_different_input_shape_is_refused(capsys):
     assert "trained on samples of shape 1x8x8, but these data give 1x28x28" in line
 
 
-# ---- files of another version, packages that are missing ------------------------------------------------------------
+# ---- files of another version, packages that are missing -------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_first_run_mentions_free_tensorboard_port():
     assert "--port 0" in next(line for line in page.read_text().splitlines() if line.startswith("tensorboard "))
 
 
-# ---- folders and disks ----------------------------------------------------------------------------------------------
+# ---- folders and disks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_unwritable_logger_is_reported_in_one_line(capsys, monkeypatch, code):
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of a file there")
 @pytest.mark.parametrize("size", [3_000, 20_000])
 def test_full_disk_during_run_is_reported_in_one_line(capsys, size):
-    """3,000 bytes end in TensorBoard's writer, 20,000 in a checkpoint."""
+    """3,000 bytes fail in TensorBoard's writer, 20,000 in a checkpoint."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -209,7 +209,7 @@ def test_other_os_errors_are_not_hidden(monkeypatch):
     assert str(error.value.__cause__).endswith("a mistake in the program")
 
 
-# ---- numbers that could overflow ------------------------------------------------------------------------------------
+# ---- numbers that could overflow -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [-1e4, 1e4])

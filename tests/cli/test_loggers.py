@@ -1,4 +1,4 @@
-"""`--logger` and `--trainer.logger`: real loggers, offline or with a server on the loopback, and what they hold."""
+"""`--logger` and `--trainer.logger`: real loggers, offline or with a server on localhost, and their contents."""
 
 import csv
 import importlib.metadata
@@ -30,7 +30,7 @@ from aezoo.cli import loggers as settings
 from aezoo.cli.main import main
 from aezoo.errors import AezooError
 
-# W&B's and MLflow's own
+# of W&B and MLflow
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),
@@ -88,7 +88,7 @@ def names_of(client, run_id, folder):
     return [Path(file.path).name for file in client.list_artifacts(run_id, folder)]
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_all_loggers_contain_a_run_and_its_continuation():
     assert len(codes) == 20 and {"z0", "label"} <= codes[0].keys()
     assert found.info.artifact_uri.startswith(RUN.absolute().as_uri())
 
-    # what continues the run has the loggers of its config.yaml
+    # a resumed run has the loggers of its config.yaml
     before = len(lines)
     main(["fit", f"--resume={RUN}", "--trainer.max_epochs=2"])
     assert [path.name for path in Path().iterdir()] == ["runs"] and list(RUN.parent.iterdir()) == [RUN]
@@ -179,7 +179,7 @@ def test_loggers_of_the_trainer_are_added(monkeypatch, tmp_path):
     assert list(RUN.glob("events*")) and rows(RUN / "csv/metrics.csv")
     assert (RUN / "metrics.csv").is_file() and (RUN / "checkpoints/last.ckpt").is_file()
     assert rows(tmp_path / "other/x/y/metrics.csv") and not (tmp_path / "other/x/y/checkpoints").exists()
-    # only what is not there is added, and the folder stays that of the run
+    # only missing loggers are added, and the run folder stays the same
     fit("--logger=csv", "--trainer.logger+=TensorBoardLogger", "--resume=off")
     second = RUN.parent / "1"
     assert {"csv", "metrics.csv", "config.yaml", "checkpoints"} <= {path.name for path in second.iterdir()}
@@ -204,7 +204,7 @@ def test_files_name_loggers_and_flags_override_them():
     assert (run / "csv").is_dir() and not list(run.glob("events*"))
     fit("-c", "mine.yaml", "--logger", "tensorboard")
     assert not (run.parent / "1/csv").exists() and list((run.parent / "1").glob("events*"))
-    # an evaluation logs only if it is asked to
+    # evaluations only log if requested
     before = rows(run / "csv/metrics.csv")
     main(["test", f"--ckpt_path={run}"])
     assert rows(run / "csv/metrics.csv") == before
@@ -229,7 +229,7 @@ def test_two_processes_log_once():
     assert sum("reconstructions" in name and name.endswith(".png") for name in images) == 1
 
 
-# ---- MLflow's server ------------------------------------------------------------------------------------------------
+# ---- MLflow's server -------------------------------------------------------------------------------------------------
 
 
 def free_port():
@@ -275,7 +275,7 @@ def test_runs_are_continued_on_a_server_of_mlflow(server, monkeypatch):
     (found,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
     assert found.info.status == "FINISHED" and found.info.run_name == "linear_ae-digits/0"
     assert [point.step for point in client.get_metric_history(found.info.run_id, "val/loss")] == [2, 5]
-    # MLflow refuses to change a parameter
+    # MLflow does not allow changing a parameter
     assert found.data.params["model.lr"] == "0.001"
     names = names_of(client, found.info.run_id, "images")
     assert {re.search(r"step\+(\d+)", name)[1] for name in names if "reconstructions" in name} == {"3", "6"}
@@ -320,7 +320,7 @@ def test_failing_server_gets_its_values_later(monkeypatch):
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)] and found.info.status == "FINISHED"
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_missing_package_is_named_with_its_extra(capsys, monkeypatch, flag):
         return real(name)
 
     monkeypatch.setattr(settings.metadata, "distribution", distribution)
-    # left by another run, it is no package
+    # a folder left by another run is not a package
     Path("wandb").mkdir()
     assert "W&B is not installed: pip install '.[wandb]' in a checkout of aezoo" in refused(capsys, "fit", *FAST, flag)
 
@@ -405,7 +405,7 @@ def test_other_ranks_make_no_run_of_wandb_or_mlflow():
     assert not Path("runs").exists()
 
 
-# ---- CSV ------------------------------------------------------------------------------------------------------------
+# ---- CSV -------------------------------------------------------------------------------------------------------------
 
 
 def step_logger(folder, resumed_at=None):
@@ -422,7 +422,7 @@ def test_continued_csv_moves_rows_that_are_written_again():
     first.finalize("success")
     path = run / "csv/metrics.csv"
     with path.open("a") as file:
-        file.write("4")  # cut off by a kill
+        file.write("4")  # truncated by a kill
     resumed = step_logger(run, 2)
     resumed.log_metrics({"train/loss": 9.0, "val/loss": 1.0}, 2)
     resumed.finalize("success")
@@ -450,11 +450,11 @@ def test_csv_survives_a_kill_while_its_columns_change(monkeypatch):
     assert [row["a"] for row in rows(run / "csv/metrics.csv")] == ["1.0"]
 
 
-# ---- other loggers --------------------------------------------------------------------------------------------------
+# ---- other loggers ---------------------------------------------------------------------------------------------------
 
 
 class Plain(Logger):
-    """A logger of someone else's, with no more than what Lightning asks for."""
+    """A third-party logger with only the methods that Lightning needs."""
 
     name, version = "plain", "0"
 
@@ -526,6 +526,6 @@ def test_wide_codes_are_given_by_principal_components():
     ]
 
 
-def test_csv_logger_of_ones_own_gets_pictures_nowhere(tmp_path):
+def test_csv_logger_ignores_pictures(tmp_path):
     log_everything(trainer_of(CSVLogger(tmp_path, name="x", version="0")))
     assert yaml.safe_load((tmp_path / "x/0/hparams.yaml").read_text()) == {"model": "vae"}

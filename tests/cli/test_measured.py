@@ -1,4 +1,4 @@
-"""The end of `aezoo info`: a command that works, the measured row, what beats it."""
+"""The end of `aezoo info`: a working command, the measured row, and better models."""
 
 import json
 import subprocess

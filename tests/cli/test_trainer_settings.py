@@ -1,4 +1,4 @@
-"""Models as Lightning's and torch's users take them: in the user's Trainer, and in no Trainer at all."""
+"""Models used with Lightning and torch directly: in a custom Trainer, and without a Trainer."""
 
 from contextlib import nullcontext
 
@@ -109,11 +109,11 @@ def test_data_init_and_masking_support_any_precision(name, settings, precision):
     assert torch.isfinite(run.callback_metrics["train/loss"])
 
 
-# ---- in a separate loop -----------------------------------------------------------------------------------------
+# ---- custom loops ----------------------------------------------------------------------------------------------------
 
 
 def by_hand(own, fabric=None):
-    """Two epochs."""
+    """Train for two epochs."""
     optimizer = own.configure_optimizers()
     trained, optimizer = (own, optimizer) if fabric is None else fabric.setup(own, optimizer)
     for _ in range(2):
@@ -129,7 +129,7 @@ SPARSE = {"latent_dim": 12, "k": 2, "data_init": True, "lr": 0.1}
 
 @pytest.mark.parametrize("fabric", [None, Fabric(accelerator="cpu", devices=1)])
 def test_manual_loop_matches_trainer_steps(fabric):
-    """Directions of norm 1 from the first batch on, with Adam's moments along the sphere."""
+    """Unit-norm directions from the first batch on, with Adam's moments tangential to the sphere."""
     by_trainer = model("topk_sae", **SPARSE)
     fit(by_trainer)
     own = by_hand(model("topk_sae", **SPARSE), fabric)
@@ -149,7 +149,7 @@ def test_manual_loop_counts_steps_and_redraws_noise(was_fitted):
 
 
 class Around(pl.LightningModule):
-    """Trains a model as a part of its own."""
+    """Trains a model as a submodule."""
 
     def __init__(self, own):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`aezoo tune`: what it is asked, the record of a study, and trials that fail, hang, are pruned or are interrupted."""
+"""`aezoo tune`: options, the record of a study, and trials that fail, hang, are pruned or are interrupted."""
 
 import csv
 import errno
@@ -31,7 +31,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """No trial trains: `fake(what)` says what becomes of each one, by the number of its folder."""
+    """Fake trials: `fake(what)` sets the outcome of each one, by the number of its folder."""
     from aezoo.cli import tune_study
 
     def become(**what):
@@ -53,7 +53,7 @@ def rows(study=STUDY):
         return list(csv.DictReader(file))
 
 
-# ---- what is asked --------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_invalid_fit_flags_are_refused_before_first_trial(capsys, fake, flags, w
     assert line.startswith("aezoo: ") and words in line and not Path("runs").exists()
 
 
-# ---- studies --------------------------------------------------------------------------------------------------------
+# ---- studies ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_changed_search_needs_new_study(fake, capsys):
     fake(_0="interrupt")
     ends(*BASE, LR, "--trials=1", code=130)
     fake()
-    main([*BASE, LR, "--trials=1", "--direction=max"])  # nothing was done yet, so nothing is lost
+    main([*BASE, LR, "--trials=1", "--direction=max"])  # no trial was run yet, so nothing is lost
     capsys.readouterr()
     ends(*BASE, "--search.model.lr=log:1e-5:1e-2", "--trials=2", "--seed=3")
     line = capsys.readouterr().err

@@ -42,7 +42,7 @@ def port():
 
 @pytest.fixture
 def fake(monkeypatch):
-    """No trial trains: `fake(what)` says what becomes of each one, by the number of its folder."""
+    """Fake trials: `fake(what)` sets the outcome of each one, by the number of its folder."""
     monkeypatch.setattr(tune_study, "FIT", FIT)
     return lambda **what: monkeypatch.setenv("FAKE_FIT", json.dumps({key.lstrip("_"): what[key] for key in what}))
 
@@ -70,7 +70,7 @@ def until(condition, seconds=120):
     return found
 
 
-# ---- a server -------------------------------------------------------------------------------------------------------
+# ---- a server --------------------------------------------------------------------------------------------------------
 
 needs_server = pytest.mark.skipif(postgres.binaries() is None, reason="a PostgreSQL server")
 
@@ -110,7 +110,7 @@ def test_postgresql_workers_share_study_and_replace_killed_one(port, fake):
     said = "".join(Path(f"{name}.txt").read_text() for name in "abc")
     killed = int(Path("a.txt").read_text().split(" runs, its output")[0].split("trial ")[-1])
     trials = load(url, "sweep").trials
-    # each of the three settings has one trial that ended; that of the killed worker is another attempt at its trial
+    # each of the three settings has one complete trial; the killed worker's trial has another attempt
     whole = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len(whole) == 3 == len({trial.params["model.lr"] for trial in whole}), said
     assert trials[killed].state == TrialState.FAIL
@@ -170,7 +170,7 @@ def test_server_that_ends_stops_worker_in_one_line(port, capsys, fake):
     assert line.startswith("aezoo: the study in study stopped: ") and "what was recorded is kept" in line
 
 
-# ---- addresses ------------------------------------------------------------------------------------------------------
+# ---- addresses -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_missing_package_names_extra_to_install(capsys, monkeypatch, package, fl
     assert package in line and install_hint("tune") in line
 
 
-# ---- samplers -------------------------------------------------------------------------------------------------------
+# ---- samplers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_grid_sets_number_of_trials():
 
 
 def drawn(name, searches, together=1, n=6, seed=0):
-    """What trials draw of which `together` run at the same time, in order of their places."""
+    """The values drawn by trials, `together` of which run at the same time, in order of their numbers."""
     study = optuna.create_study()
     study.sampler = tune_samplers.WorkerSampler(name, seed, searches, lambda trial: trial.number)
     values, running = [], []
@@ -288,7 +288,7 @@ def test_grid_draws_each_combination_once(together):
     assert values != drawn("grid", searches, together, seed=1)
 
 
-# ---- workers --------------------------------------------------------------------------------------------------------
+# ---- workers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_lost_workers_trial_runs_again_elsewhere(fake, capsys, storage):
     fake(_0="interrupt")
     command = [*BASE, LR, "--trials=2", f"--storage={storage}", "--study_name=x", "--lost_after=2"]
     ends(*command, "--study=one", code=130)
-    # as if the worker that went on with it had been killed, on a machine whose files are not here
+    # as if the worker that continued it was killed, on a machine whose files are not available
     study = load(storage, "x")
     trial = study.ask()
     trial.set_user_attr("heartbeat", [7, 2.0])
@@ -344,7 +344,7 @@ def test_trial_that_loses_three_workers_is_given_up(fake, capsys):
     study = load("all.db", "x")
     for _ in range(2):
         study.ask()
-    # both of its earlier attempts were lost, too
+    # both earlier attempts were lost, too
     numbers = [trial.number for trial in study.trials if trial.state == TrialState.RUNNING]
     for number in numbers:
         study.tell(number, state=TrialState.FAIL)
@@ -393,7 +393,7 @@ def test_pruning_compares_with_trials_of_other_workers(fake):
     assert [row["state"] for row in table] == ["complete"] * 5 + ["pruned"]
     assert table[5]["run"] == "two/0" and table[5]["epochs"] == "4"
     assert [row["run"] for row in table[:5]] == [f"{socket.gethostname()}:{Path.cwd()}/one/{n}" for n in range(5)]
-    # the best run is in a folder that need not be there
+    # the folder of the best run need not exist
     best = min(table[:5], key=lambda row: float(row["val/loss"]))
     Path("one").rename("gone")
     main([*command, "--trials=6", "--study=two"])
@@ -426,7 +426,7 @@ def test_trials_beyond_the_number_are_withdrawn(fake, monkeypatch):
     ask, others = optuna.Study.ask, []
 
     def ask_after_another(study):
-        others.append(ask(study))  # that of another worker, at the same time
+        others.append(ask(study))  # by another worker, at the same time
         return ask(study)
 
     def finish(trial):
@@ -440,7 +440,7 @@ def test_trials_beyond_the_number_are_withdrawn(fake, monkeypatch):
         patch.setattr(time, "sleep", lambda seconds: finish(others[0]))
         main([*command, "--trials=2"])
     assert len(others) == 1 and [row["trial"] for row in rows("x")] == ["0", "1"]
-    main([*command, "--trials=3"])  # what was withdrawn does not count
+    main([*command, "--trials=3"])  # withdrawn trials do not count
     assert [row["trial"] for row in rows("x")] == ["0", "1", "3"]
 
 
@@ -477,7 +477,7 @@ def test_lost_workers_are_detected_by_the_local_clock_only(monkeypatch):
     assert lost(0, [0, 10.0], [0, 30.0], None) == []
     assert lost(4, [1, 10.0], [0, 30.0], None) == []
     assert lost(4, [1, 10.0], [0, 30.0], None) == []
-    assert lost(4, [1, 10.0], [0, 30.0], None) == [2]  # 12 s without any
-    assert lost(4, [1, 10.0], [0, 30.0]) == [0]  # 12 s without another
-    assert lost(60, [2, 10.0], [0, 30.0]) == []  # this process stood still
+    assert lost(4, [1, 10.0], [0, 30.0], None) == [2]  # 12 s without any heartbeat
+    assert lost(4, [1, 10.0], [0, 30.0]) == [0]  # 12 s without a new one
+    assert lost(60, [2, 10.0], [0, 30.0]) == []  # this process was suspended
     assert [lost(4, [2 + n, 10.0], [0, 30.0]) for n in range(8)] == [[]] * 7 + [[1]]

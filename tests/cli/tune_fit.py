@@ -1,6 +1,6 @@
-"""What `aezoo tune` starts in the place of `aezoo fit` in its tests: it writes what a run writes, in no time.
+"""Replaces `aezoo fit` in tests of `aezoo tune`: writes the files of a run without training.
 
-`FAKE_FIT` says in JSON what becomes of a trial, by the number of its folder.
+`FAKE_FIT` is JSON with the outcome of each trial, by the number of its folder.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Reads the file of a W&B run that is offline, whose records are W&B's own messages.
+"""Reads the file of an offline W&B run, whose records are W&B's own messages.
 
-A LevelDB log with a header of its own: blocks of 32 KiB, in which each part of a record has 4 bytes of checksum, 2 of
-length and 1 that says whether it is whole (1), the first (2), a middle one (3) or the last (4).
+A LevelDB log with a custom header: blocks of 32 KiB, in which each part of a record has 4 bytes of checksum, 2 of
+length and 1 of type: whole (1), first (2), middle (3) or last part (4).
 """
 
 import json
@@ -36,10 +36,10 @@ def records(file: Path) -> Iterator[Any]:
 
 
 class OfflineRun:
-    """What W&B holds of the run of a folder, over all of its starts.
+    """The contents of W&B for the run of a folder, over all of its starts.
 
     Attributes:
-        ids: of its starts.
+        ids: ids of its starts.
         history: values by key, in order.
         config: the last hyperparameters.
     """

@@ -1,4 +1,4 @@
-"""Warnings that Lightning raises by itself are no failures here."""
+"""Ignore warnings that Lightning raises itself."""
 
 import warnings
 
@@ -8,8 +8,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def _lightnings_own_warnings():
     with warnings.catch_warnings():
-        # raised inside lightning 2.6.6, cured on its master branch only
+        # raised inside lightning 2.6.6, fixed on its master branch only
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        # an advice that depends on the number of cores, and comes for a set in memory too
+        # depends on the number of cores, and is raised for sets in memory, too
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         yield

@@ -2,7 +2,7 @@
 
 
 def write_chunks(root, items, chunk_size=4):
-    """What litdata.optimize does in its processes, in this one."""
+    """What litdata.optimize does in its processes, done in this process."""
     from litdata.streaming.cache import Cache
 
     root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Activations of a layer over a set: against a hook by hand, wherever they are held, and folded back into models."""
+"""Activations of a layer over a set: compared with a hook, in memory or mapped, and folded back into models."""
 
 import copy
 import gc
@@ -85,7 +85,7 @@ def activations(layer, network="own_nets.ready", **given):
 
 
 def by_hand(layer, stage="train", of="digits"):
-    """What a plain forward hook sees, all samples at once."""
+    """The output that a forward hook sees, for all samples at once."""
     from own_nets import ready
 
     x, y = DataModule(of).tensors(stage)
@@ -130,7 +130,7 @@ def test_positions_are_separate_samples_or_pooled():
     each = activations("first")
     assert each.input_shape == (6,) and each.source.positions == 36 and each.num_classes == 10
     x, labels = each.tensors("val")
-    # sample i, row r and column c stand at 36 i + 6 r + c
+    # sample i, row r and column c are at index 36 i + 6 r + c
     assert torch.allclose(x[36 * 5 + 6 * 2 + 3], maps[5, :, 2, 3], atol=1e-6)
     assert torch.equal(labels, y.repeat_interleave(36))
     for positions, pooled in (("mean", maps.mean((2, 3))), ("max", maps.amax((2, 3)))):
@@ -166,7 +166,7 @@ def test_training_split_is_scaled_to_norm_sqrt_dim():
     assert state["factor"].shape == (2, 1) and not state["offset"].any()
     assert x.double().square().sum(2).mean(0).tolist() == pytest.approx([6, 6], rel=1e-5)
     assert torch.equal(x, a / state["factor"])
-    # other splits are divided by the same number
+    # other splits are divided by the same factor
     assert torch.equal(normal.tensors("test")[0], raw.tensors("test")[0] / state["factor"])
     single = activations("first", normalise=True)
     single.setup()
@@ -174,7 +174,7 @@ def test_training_split_is_scaled_to_norm_sqrt_dim():
     assert float(single.source.scaling.factor) == pytest.approx(float(state["factor"][0]), rel=1e-6)
 
 
-# ---- where they are -------------------------------------------------------------------------------------------------
+# ---- storage ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_mapped_file_is_deleted_with_its_data():
         gc.collect()
         os._exit(0)
     os.waitpid(child, 0)
-    assert folder.is_dir()  # another process that ends leaves it
+    assert folder.is_dir()  # another process must not delete it when it ends
     del data
     gc.collect()
     assert not folder.exists()
@@ -240,7 +240,7 @@ def test_activations_made_in_inference_mode_are_trainable():
     assert torch.allclose(weight.grad, x.sum(0))
 
 
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -366,7 +366,7 @@ def test_module_is_imported_only_if_allowed(monkeypatch):
     with pytest.raises(AezooError, match=r"own_nets.Net is not imported.*add --allow own_nets"):
         activations("flat", "own_nets.Net")
     assert "own_nets" not in sys.modules
-    # a program of one's own, without the command line
+    # in a program without the command line
     monkeypatch.setattr(policy, "_opened", set())
     with pytest.raises(AezooError, match=r"not imported|not run"):
         activations("flat", "own_nets.Net")
@@ -392,7 +392,7 @@ def test_user_module_is_not_modified():
                           .movedim(1, -1).reshape(-1, 2), atol=1e-6)  # fmt: skip
 
 
-# ---- back to raw activations ----------------------------------------------------------------------------------------
+# ---- back to raw activations -----------------------------------------------------------------------------------------
 
 
 def sparse_model(name, shape=(12,)):
@@ -425,7 +425,7 @@ def test_folded_scale_gives_equal_raw_reconstructions(name, c):
     with torch.no_grad():
         wanted = c * model(x)
         assert torch.allclose(folded(c * x), wanted, atol=1e-4 * float(wanted.abs().max()))
-        # not folded, or in half, it would be off
+        # without folding, or with half of it, they differ
         assert not torch.allclose(model(c * x), wanted, atol=0.05 * float(wanted.abs().max()))
         one, other = model.encode(x), folded.encode(c * x)
         scale = 1 if torch.allclose(one, other, atol=1e-4) else c
@@ -467,7 +467,7 @@ def test_folding_distinguishes_axes_of_equal_size():
 
 
 class Shifted(LinearAE):
-    """Adds a number of its own to what it reads."""
+    """Adds an offset to its input."""
 
     def encode(self, x):
         return super().encode(x + 1)
@@ -497,7 +497,7 @@ def test_run_keeps_scale_and_model_takes_raw_activations(tmp_path, monkeypatch):
     x, _ = data.tensors("test")
     factor = trained["scaling"]["factor"]
     assert torch.equal(x, raw / factor) and torch.equal(factor, data.source.scaling.factor)
-    # a file of raw activations is scaled as those of training were
+    # a file of raw activations is scaled like those of training
     np.save(tmp_path / "raw.npy", raw.numpy())
     assert torch.equal(read(str(tmp_path / "raw.npy"), model.data_units).rows(range(len(raw))), x)
     save_model(model, tmp_path / "folded", trained["scaling"])
@@ -505,5 +505,5 @@ def test_run_keeps_scale_and_model_takes_raw_activations(tmp_path, monkeypatch):
     assert folded.data_units is None and isinstance(folded, TopKSAE) and isinstance(folded, Autoencoder)
     with torch.no_grad():
         assert torch.allclose(folded(raw), factor * model(x), atol=1e-4 * float(factor))
-    with pytest.raises(SystemExit):
-        main(["test", "--ckpt_path", str(run)])  # no file opens what the command line has not
+    with pytest.raises(SystemExit):  # importing its module needs an option of the command line
+        main(["test", "--ckpt_path", str(run)])

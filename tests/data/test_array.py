@@ -1,4 +1,4 @@
-"""Arrays from files and from Python: axes, scaling, labels, and what is refused."""
+"""Arrays from files and from Python: axes, scaling, labels, and invalid arrays."""
 
 import errno
 import pickle
@@ -12,7 +12,7 @@ import torch
 
 from aezoo.data import DataModule
 from aezoo.data.array import to_channels_first
-from aezoo.data.readers import read_arrays
+from aezoo.data.readers import CsvTable, read_arrays
 from aezoo.errors import AezooError
 
 RNG = np.random.default_rng(0)
@@ -23,7 +23,7 @@ def vectors(n=40, d=5):
 
 
 def everything(data):
-    """All splits in one, rows sorted."""
+    """The rows of all splits, sorted."""
     return ordered(torch.cat([data.tensors(stage)[0] for stage in ("train", "val", "test")]))
 
 
@@ -75,7 +75,7 @@ def test_named_splits_are_kept(tmp_path):
     assert data.describe() == "array: 20 train, 5 val, 5 test, 1x6x6, 3 classes"
     assert torch.equal(data.tensors("test")[0], torch.from_numpy(x[25:])[:, None] / 255)
     assert data.tensors("val")[1].tolist() == y[20:25].tolist()
-    # a split that is missing is taken out of the training part
+    # a missing split is taken from the training part
     data = DataModule.from_arrays(x[:20], y[:20], x_test=x[20:], y_test=y[20:])
     assert [len(data.dataset(stage)) for stage in ("train", "val", "test")] == [18, 2, 10]
 
@@ -171,7 +171,7 @@ def test_numeric_csv_header_is_not_a_sample(tmp_path, whole):
         warnings.simplefilter("always")
         found = everything(DataModule(str(path), scale="none"))
     assert torch.equal(found, ordered(x))
-    # which could be a sample there, and must not go without a word
+    # the header could be a sample, so a warning says how to write it
     assert ["write 0.0 for its 0" in str(warning.message) for warning in said].count(True) == whole
     for first in ("0.0,1,2", "0,1,3", "1,2,3"):
         path.write_text("\n".join([first, *rows]))
@@ -253,7 +253,7 @@ def test_scale_auto():
     assert torch.equal(x.amin(0), torch.zeros(5))
     assert torch.equal(x.amax(0), torch.ones(5))
     assert data.source.value_range == (0.0, 1.0)
-    # the statistics are the training split's, also for the others
+    # all splits use the statistics of the training split
     val = DataModule.from_arrays(wide[:30], x_val=wide[30:], test_fraction=0).tensors("val")[0]
     low, high = wide[:30].min(0), wide[:30].max(0)
     assert torch.allclose(val, torch.from_numpy((wide[30:] - low) / (high - low)).float(), atol=1e-6)
@@ -402,7 +402,7 @@ def test_file_contents_are_not_kept_in_memory_twice(tmp_path, suffix):
         np.savetxt(path, x, "%.3f", delimiter=",")
     else:
         np.save(path, x) if suffix == "npy" else np.savez(path, x=x)
-    # NumPy's memory and Python's; the samples themselves are torch's, once they are split
+    # tracemalloc counts the memory of NumPy and Python; the split samples are torch tensors
     tracemalloc.start()
     try:
         data = DataModule(str(path))
@@ -411,7 +411,7 @@ def test_file_contents_are_not_kept_in_memory_twice(tmp_path, suffix):
     finally:
         tracemalloc.stop()
     assert held < x.nbytes / 2
-    # the whole of a .npy is never read, and the cells of a table are no texts all at once
+    # a .npy file is not read as a whole, and the cells of a table are not held as strings all at once
     assert peak < {"npy": 0.5, "npz": 2.5, "csv": 7}[suffix] * x.nbytes
 
 
@@ -459,6 +459,23 @@ def test_unusable_missing_values_are_refused():
     x[:, 1], x[2, 2] = np.inf, np.nan
     refused("x has infinity in 40 of 40 rows, the first is row 0: fill or remove them$", x, missing="keep")
     refused("missing keep and --data.binarise threshold contradict", x, missing="keep", binarise="threshold")
+
+
+def test_csv_text_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n" + "".join(f"{i}.125,{i}.5\n" for i in range(50_000)))
+    tracemalloc.start()
+    n_rows = sum(1 for _ in CsvTable(path, "").rows())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_rows == 50_000 and peak < 0.2 * path.stat().st_size
+
+
+def test_invalid_utf8_after_the_first_lines_of_a_csv_is_named(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"a,b\n" + b"1,2\n" * 50_000 + b"\xff,2\n")
+    with pytest.raises(AezooError, match=r"x.csv is not UTF-8 text .*: save it as CSV in UTF-8"):
+        read_arrays(path)
 
 
 def test_an_empty_cell_of_a_csv_file_is_missing(tmp_path):
@@ -564,7 +581,7 @@ def broken_files(folder):
     (folder / "ragged.csv").write_text("a,b\n1,2\n3\n")
     yield "ragged.csv", "row 1: 1 columns, the first line has 2"
     (folder / "latin.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
-    yield "latin.csv", "no text in UTF-8"
+    yield "latin.csv", "not UTF-8 text"
     (folder / "d.xyz").write_bytes(b"")
     yield "d.xyz", "the array source reads .npy .npz"
     yield "absent.npy", "does not exist: give a file of arrays"

@@ -1,4 +1,4 @@
-"""Augmentation: what torchvision does, with draws that depend on the seed, the epoch and the index only."""
+"""Augmentation: compared with torchvision, with random numbers that depend on seed, epoch and index only."""
 
 import io
 
@@ -25,7 +25,7 @@ def pictures(n, channels=3, side=8, dtype=torch.uint8, seed=0):
 
 
 def by_row(data, epoch, rank=0, world=1, skip=(-1, 0)):
-    """The training images of an epoch by their index in the split, as the loader gives them."""
+    """The training images of an epoch by their index in the split, as returned by the loader."""
     data._rank_and_world = lambda: (rank, world)
     loader = data.train_dataloader()
     loader.sampler.skip = skip
@@ -44,7 +44,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[row], other[row]) for row in one)
 
 
-# ---- draws ----------------------------------------------------------------------------------------------------------
+# ---- draws -----------------------------------------------------------------------------------------------------------
 
 
 def test_draws_are_uniform_and_independent():
@@ -66,12 +66,12 @@ def test_draws_of_a_row_depend_only_on_that_row():
     assert len(whole.unique()) == whole.numel()
 
 
-# ---- operations, each against torchvision's on one image ------------------------------------------------------------
+# ---- operations, compared with torchvision's on each image -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_what_torchvision_makes_of_each(dtype, channels):
+def test_images_match_torchvision(dtype, channels):
     x, rows = pictures(50, channels, dtype=dtype), torch.arange(50) * 3
     u = uniform(rows, 7, 1, 2)
     found = Augmentation(**ALL).augment(x, rows, 1, 2)
@@ -90,7 +90,7 @@ def test_images_are_what_torchvision_makes_of_each(dtype, channels):
         assert (found[i] - wanted).abs().max() <= allowed
 
 
-def test_settings_occur_as_often_as_asked():
+def test_settings_occur_with_given_probability():
     x, rows = pictures(4000, 1, 4), torch.arange(4000)
 
     def share(change, **given):
@@ -103,7 +103,7 @@ def test_settings_occur_as_often_as_asked():
     assert abs(share(F.vertical_flip, vflip=0.6) - 0.6) < 0.03
     assert share(F.horizontal_flip, hflip=1.0) > 0.99
     assert torch.equal(Augmentation().augment(x, rows, 0, 0), x)
-    # one setting leaves the draws of another
+    # a setting does not change the random numbers of another
     alone = Augmentation(hflip=0.5).augment(x, rows, 0, 0)
     both = Augmentation(hflip=0.5, vflip=1.0).augment(x, rows, 0, 0)
     assert torch.equal(both, F.vertical_flip(alone))
@@ -118,7 +118,7 @@ def test_jitter_of_factor_one_changes_nothing():
         assert torch.equal(jitter(x, one, one, one), x)
 
 
-# ---- a function of (seed, epoch, index) -----------------------------------------------------------------------------
+# ---- dependence on (seed, epoch, index) only -------------------------------------------------------------------------
 
 
 def data(**plain):
@@ -148,7 +148,7 @@ def test_workers_change_nothing():
     assert same(by_row(data(memory="off", num_workers=2), 3), by_row(data(), 3))
 
 
-def test_two_ranks_see_what_one_sees_of_each_index():
+def test_two_ranks_see_the_same_images_as_one():
     whole = by_row(data(), 2)
     parts = [by_row(data(batch_size=5), 2, rank, 2) for rank in range(2)]
     assert parts[0].keys().isdisjoint(parts[1]) and len(parts[0]) + len(parts[1]) == len(whole)
@@ -156,7 +156,7 @@ def test_two_ranks_see_what_one_sees_of_each_index():
 
 
 @pytest.mark.parametrize("memory", ["on", "off"])
-def test_a_resumed_epoch_goes_on_with_the_same_images(memory):
+def test_a_resumed_epoch_continues_with_the_same_images(memory):
     whole, rest = by_row(data(), 1), by_row(data(memory=memory), 1, skip=(1, 32))
     assert len(rest) == len(whole) - 32 and all(torch.equal(x, whole[row]) for row, x in rest.items())
 
@@ -181,7 +181,7 @@ def test_dynamic_binarisation_draws_from_augmented_images():
     assert not torch.equal(one.flip(-1), other)
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------
+# ---- sources ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_streams_are_augmented(tmp_path):
     assert not any(torch.equal(one[row], plain[row]) for row in plain)
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_streams_are_augmented(tmp_path):
         ((40, 1, 8, 8), {"hflip": 0.5, "missing": "keep"}, "--data.missing keep and --data.hflip contradict"),
     ],
 )
-def test_what_cannot_be_augmented_is_refused(shape, given, words):
+def test_unsupported_augmentation_is_refused(shape, given, words):
     with pytest.raises(AezooError, match=words) as caught:
         DataModule.from_arrays(torch.rand(shape), **given)
     assert "\n" not in str(caught.value)

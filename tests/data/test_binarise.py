@@ -1,4 +1,4 @@
-"""Zeros and ones: as likely as the values say, the same for a seed, however and wherever the samples are read."""
+"""Binarised samples: probabilities equal the values, and draws depend on the seed, not on how samples are read."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_pixel_value_is_probability_of_one(dtype):
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     p = levels.double() / 255
     error = (drawn.double().mean(0) - p).abs()
-    # five standard deviations of a mean of 200,000 coins; none where the chance is 0 or 1
+    # five standard deviations of a mean of 200,000 coins; exact where the probability is 0 or 1
     assert (error <= 5 * (p * (1 - p) / 200_000).sqrt()).all()
 
 

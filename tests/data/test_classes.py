@@ -1,4 +1,4 @@
-"""Training on some classes: which samples are kept, with which labels, and what is refused."""
+"""Training on some classes: the samples kept, their labels, and invalid classes."""
 
 import numpy as np
 import pytest

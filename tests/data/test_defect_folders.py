@@ -1,4 +1,4 @@
-"""Folders in the layouts of MVTec AD and VisA: splits, labels, masks, and what is missing or damaged."""
+"""Folders in the layouts of MVTec AD and VisA: splits, labels, masks, and missing or damaged files."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def visa(root):
     for i in range(3):
         lines.append(f"candle,test,anomaly,candle/Data/Images/Anomaly/{i}.JPG,candle/Data/Masks/Anomaly/{i}.png")
         picture(root / f"candle/Data/Images/Anomaly/{i}.JPG")
-        # the number of a kind of defect, not white
+        # masks contain the number of the kind of defect, not white
         save(root / f"candle/Data/Masks/Anomaly/{i}.png", mask(value=i + 1))
     (root / "split_csv").mkdir()
     (root / "split_csv/1cls.csv").write_text("\n".join(lines) + "\n")
@@ -81,7 +81,7 @@ def test_splits_labels_and_masks(tmp_path, layout, make, counts):
 
 def test_mask_is_resized_and_cropped_like_its_picture(tmp_path):
     root = mvtec(tmp_path)
-    # the middle 20 columns stay, and blocks of 2 x 2 become one pixel
+    # the middle 20 columns are kept, and blocks of 2 x 2 become one pixel
     values = np.zeros((20, 30), np.uint8)
     values[4:8, 9:] = 255
     for path in (root / "train").rglob("*.png"):

@@ -1,4 +1,4 @@
-"""Sparse sums of known atoms: their statistics against what was asked for, samples by number, and the benchmark."""
+"""Sparse sums of known atoms: their statistics, samples by index, and the benchmark."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def test_supports_have_requested_mean_and_correlation(active, correlation):
     n = 40_000
     on = (source.codes(torch.arange(n)) > 0).double().numpy()
     chance = active / 24
-    # five standard deviations of a share, of which groups that are called together have fewer
+    # five standard deviations of a proportion; groups activated together have a smaller one
     slack = 5 * np.sqrt(chance * (1 - chance) / n)
     assert np.abs(on.mean(0) - chance).max() < slack
     assert on.sum(1).mean() == pytest.approx(active, abs=24 * slack)
@@ -60,7 +60,7 @@ def test_coefficients_are_uniform_and_independent():
     f = dictionary(dictionary_active=24.0).source.codes(torch.arange(20_000)).numpy()
     assert stats.kstest(f[:, 0], "uniform", args=(0.5, 1)).pvalue > 1e-3
     assert stats.kstest(f[0], "uniform", args=(0.5, 1)).pvalue > 1e-3
-    # nor of the coin that made an atom active
+    # independent of the random number that activates an atom
     few = dictionary().source.codes(torch.arange(5000)).numpy()
     assert stats.kstest(few[few > 0], "uniform", args=(0.5, 1)).pvalue > 1e-3
     assert np.abs(np.corrcoef(f.T) - np.eye(24)).max() < 0.04
@@ -79,7 +79,7 @@ def test_noise_is_gaussian_with_requested_deviation():
 
 def test_atoms_are_spread_evenly_over_the_sphere():
     atoms = dictionary(dictionary_atoms=20_000, dictionary_dim=3).source.atoms.double().numpy()
-    # Archimedes: each coordinate of a point of the sphere is uniform
+    # Archimedes: each coordinate of a uniform point on the sphere is uniform
     assert all(stats.kstest(atoms[:, k], "uniform", args=(-1, 2)).pvalue > 1e-3 for k in range(3))
     assert np.abs(atoms.mean(0)).max() < 0.02
 
@@ -188,7 +188,7 @@ def test_values_are_not_scaled():
     assert getattr(data.source, "scaling", None) is None and data.source.value_range is None
 
 
-# ---- the benchmark --------------------------------------------------------------------------------------------------
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
 
 TINY = ["--steps", "3", "--atoms", "8", "--dim", "4", "--active", "2", "--samples", "200", "--accelerator", "cpu"]
 
@@ -208,7 +208,7 @@ def test_every_sparse_model_has_rows_and_valid_options():
         data = DataModule("synthetic_dictionary", **spec["data"])
         model = aezoo.create_model(spec["model"], data.input_shape, **spec["hyperparameters"])
         assert model.code_shape == (32,) and not model.likelihood.unit_interval
-        assert (getattr(model, "k", 5) or 5) == 5  # a transcoder without TopK has none
+        assert (getattr(model, "k", 5) or 5) == 5  # a transcoder without TopK has no k
     assert set(dictionaries.OPTIONS) <= set(names)
     for argv, message in ((["--models", "vae"], "vae has no sparse code"), (["--active", "65"], "at most --atoms 64")):
         with pytest.raises(AezooError, match=message):
@@ -216,7 +216,7 @@ def test_every_sparse_model_has_rows_and_valid_options():
 
 
 def in_this_process(module, specs, *_):
-    """In the place of processes, which take seconds to start; what they are told goes through JSON as well."""
+    """Replaces processes, which take seconds to start; arguments are passed as JSON, as for these."""
     assert module == "dictionaries_row"
     for spec in specs:
         try:
@@ -246,7 +246,7 @@ def test_rows_are_kept_failures_are_rows_and_medians_are_shown(tmp_path, capsys,
     dictionaries.main([*argv, "--lr", "-1"])
     assert rows_of(tmp_path)[:2] == rows
     assert [row["error"][:12] for row in rows_of(tmp_path)[2:]] == ["AezooError: "] * 2
-    assert len(capsys.readouterr().out.splitlines()) == 4  # two failures, the table's head and the file
+    assert len(capsys.readouterr().out.splitlines()) == 4  # two failures, the head of the table and the file
 
 
 def test_true_dictionary_decoder_scores_perfect_recovery():
@@ -264,7 +264,7 @@ def test_true_dictionary_decoder_scores_perfect_recovery():
     assert found["mcc"] == pytest.approx(1, abs=1e-5) and found["uniqueness"] == 1 and found["fvu"] < 1e-4
     assert found["l0"] == pytest.approx(float((f > 0).sum(1).float().mean()), abs=0.01)
     with torch.no_grad():
-        back.bias.fill_(5.0)  # no direction
+        back.bias.fill_(5.0)  # does not change the directions
         assert torch.allclose(dictionaries_row.directions(model, f)[2], f[:, 2].max() * data.source.atoms[2], atol=1e-4)
         linear.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="diverged"):

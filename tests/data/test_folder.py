@@ -1,4 +1,4 @@
-"""Image folders as users have them, broken files included."""
+"""Image folders as users have them, including broken files."""
 
 import os
 import struct
@@ -102,7 +102,7 @@ def test_dangling_links_are_reported_as_unreadable(tmp_path):
     pictures(tmp_path)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
-    os.mkfifo(tmp_path / "pipe.png")  # nobody writes to it, and who opened it would wait
+    os.mkfifo(tmp_path / "pipe.png")  # opening a pipe that nothing writes to would block
     refused(r"cannot read .*gone.png \(No such file or directory\): check the file", tmp_path)
     with pytest.warns(UserWarning, match="2 of 12 files skipped as broken: .*gone.png, .*round.png"):
         DataModule("folder", root=str(tmp_path), on_error="skip").setup()
@@ -159,7 +159,7 @@ def test_resize_crop_and_grey(tmp_path):
     data = DataModule("folder", root=str(tmp_path), size=10, val_fraction=0, test_fraction=0)
     assert data.input_shape == (1, 10, 10)
     wide = data.tensors("train")[0][-1]
-    # the middle square of 40 x 20 is white, its edges are smoothed
+    # the middle square of 40 x 20 is white, with smoothed edges
     assert (wide[..., 1:-1] == 1).all()
     assert (wide > 0.8).all()
     coloured = DataModule("folder", root=str(tmp_path), size=10, channels=3, val_fraction=0, test_fraction=0)
@@ -243,7 +243,7 @@ def test_decompression_bomb_is_refused_by_header(tmp_path, monkeypatch):
     Image.new("L", (3000, 1000)).save(tmp_path / "zz.png")
     message = refused("zz.png has 3 million pixels, more than the limit of 1", tmp_path, max_pixels=1_000_000, size=8)
     assert "--data.max_pixels" in message
-    # Pillow's own limit speaks first, as a warning or an error
+    # Pillow's own limit comes first, as a warning or an error
     for own in (1_000_000, 2_000_000):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", own)
         with warnings.catch_warnings():
@@ -288,7 +288,7 @@ def test_png_header_is_read_without_decoding(tmp_path, monkeypatch, note, shape)
     load = PngImageFile.load
     monkeypatch.setattr(PngImageFile, "load", lambda image: loads.append(image) or load(image))
     assert read_header(path, 100).shape == shape
-    assert len(loads) == (shape == (8, 4))  # a note behind the pixels
+    assert len(loads) == (shape == (8, 4))  # the chunk is after the pixels
     cut = tmp_path / "cut.png"
     cut.write_bytes(plain[:-30])
     assert read_header(cut, 100).shape == (4, 8)
@@ -304,7 +304,7 @@ def test_corrupt_files_are_named_or_skipped_with_a_count(tmp_path, memory):
         pictures(single, 12, (64, 64, 3))
         (single / path.name).write_bytes(path.read_bytes())
         with pytest.raises(AezooError) as caught:
-            # a set that is not held finds broken pixels when they are used
+            # samples that are not held in memory are decoded when used
             read_all(DataModule("folder", root=str(single), memory=memory))
         assert message in str(caught.value)
         assert str(single / path.name) in str(caught.value)
@@ -372,9 +372,9 @@ import os, re, sys
 from pathlib import Path
 from aezoo.data import DataModule
 
-os.cpu_count = lambda: 2  # each thread that decodes has an image of its own
+os.cpu_count = lambda: 2  # one thread per core decodes, each into a separate image
 
-def most():  # not ru_maxrss, which begins with that of the process before
+def most():  # not ru_maxrss, which starts at that of the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 def peak(memory, on_error):
@@ -395,7 +395,7 @@ def test_decoding_memory_is_that_of_the_samples(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:-40])
     run = subprocess.run([sys.executable, "-c", _PEAKS, tmp_path], capture_output=True, text=True, check=True)
     looked_at, held = map(float, run.stdout.split()[-2:])
-    assert looked_at < 40  # those that are being decoded only
+    assert looked_at < 40  # only images that are being decoded
     assert 40 < held < 130
 
 

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face, as its own package writes them; no network."""
+"""Data sets of Hugging Face, written by its own package; no network."""
 
 import io
 import pickle
@@ -16,9 +16,9 @@ from aezoo.errors import AezooError
 
 pytestmark = [
     pytest.mark.usefixtures("cache"),
-    # of datasets' own bar, which tqdm leaves open when a set cannot be read
+    # datasets' progress bar, which stays open if a set cannot be read
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    # on machines of one core
+    # on machines with one core
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
 ]
 RNG = np.random.default_rng(0)
@@ -353,7 +353,7 @@ def test_missing_datasets_package_names_extra(monkeypatch):
 
 @pytest.mark.slow
 def test_optional_packages_are_imported_lazily():
-    # torchmetrics imports transformers where it is installed, and with it huggingface_hub
+    # torchmetrics imports transformers if installed, which imports huggingface_hub
     code = "import sys, torchmetrics\nbefore = {*sys.modules}\nfrom aezoo.data import DataModule\nDataModule()\n"
     code += "assert not {'datasets', 'litdata', 'huggingface_hub'} & ({*sys.modules} - before)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""A set keeps its identity wherever its files are, and loses it when they change."""
+"""A set has the same identity wherever its files are, and another one when they change."""
 
 import shutil
 

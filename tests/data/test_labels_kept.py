@@ -1,4 +1,4 @@
-"""Training on few labels: which samples keep theirs, by which path they come, and what is refused."""
+"""Training on few labels: which samples keep theirs, for all loaders, and invalid numbers."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def kept(**plain):
-    """All labels and those that are kept, of digits' training split."""
+    """All labels and the kept ones, of digits' training split."""
     return DataModule("digits").tensors("train")[1], DataModule("digits", **plain).tensors("train")[1]
 
 
@@ -58,7 +58,7 @@ def test_kept_labels_are_seeded_without_splitting(tmp_path):
 
 
 def pairs(batches):
-    """Samples, as bytes, with their labels, in an order of their own."""
+    """Sorted pairs of samples, as bytes, and labels."""
     return sorted((x.numpy().tobytes(), int(y)) for xs, ys in batches for x, y in zip(xs, ys, strict=True))
 
 
@@ -135,7 +135,7 @@ def test_callbacks_and_tasks_accept_unlabelled_samples(tmp_path, monkeypatch):
     from aezoo.tasks.embed import embed
 
     module = DataModule("digits", num_labels=50, batch_size=256)
-    # as if labels were missing where callbacks look
+    # as if labels were missing where callbacks read them
     module.setup()
     module._splits["val"].y[::2] = -1
     model = aezoo.create_model("semi_supervised_vae", module.input_shape, hidden_dims=(16,), latent_dim=2)

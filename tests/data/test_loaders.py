@@ -1,4 +1,4 @@
-"""Orders, shards and batches, by hand and under the Trainer."""
+"""Orders, shards and batches, computed explicitly and with a Trainer."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ from aezoo.data.resident import load_into_memory
 
 
 class Recorder(pl.LightningModule):
-    """Trains one number and writes down what it is given."""
+    """Trains one parameter and records its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_overfit_batches_are_equal_in_every_epoch(memory, binarise, recwarn):
         assert torch.equal(labels, y[rows])
         if binarise == "none":
             assert torch.equal(images, x[rows])
-        else:  # drawn again, of the same chances
+        else:  # drawn again, with the same probabilities
             assert images.unique().tolist() == [0, 1]
             assert not images[x[rows] == 0].any() and images[x[rows] == 1].all()
     assert not [str(one.message) for one in recwarn if "shuffling" in str(one.message)]
@@ -244,7 +244,7 @@ def test_bytes_are_converted_to_run_precision(precision, dtype):
 
 
 class Counting(DecodingDataset):
-    """Six samples; the numbers of each batch and of each sample that is asked for."""
+    """Six samples; records the indices of each batch and of each single sample requested."""
 
     def __init__(self, labelled):
         self.has_labels, self.batches, self.samples = labelled, [], []

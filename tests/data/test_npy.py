@@ -1,4 +1,4 @@
-"""npy: samples of a .npy file that are read in batches, equal to those of the array in memory."""
+"""npy: samples of a .npy file, read in batches, equal those of the array in memory."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ UNKNOWN = None
 
 
 def sparse(path, shape, dtype=np.uint8, rows=()):
-    """A file of zeros, of which only `rows` take space on the disk, and hold ones."""
+    """A file of zeros, in which only `rows` use disk space and contain ones."""
     x = np.lib.format.open_memmap(path, "w+", dtype, shape)
     for i in rows:
         x[i] = 1
@@ -123,7 +123,7 @@ for file in ("few", "x"):
         common = [f"--ckpt_path={folder}/{'vae' if command == 'generate' else 'model'}", f"--out={folder}"]
         given = [] if command == "generate" else [f"--input={folder}/{name}.npy"]
         main([command, *common, *given, "--device=cpu", *flags])
-        # not ru_maxrss, which begins with that of the process before
+        # not ru_maxrss, which starts at that of the parent process
         print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10)
 """
 
@@ -131,7 +131,7 @@ for file in ("few", "x"):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="a process cannot tell what it took at most")
 def test_memory_of_commands_does_not_grow_with_the_input(tmp_path):
-    """On 250 MB, or on 10 GB in a run of the promises."""
+    """With 250 MB, or with 10 GB if the figures of guarantees are measured."""
     n = 204_000 if promises.is_recording() else 5_000
     torch.manual_seed(0)
     model = aezoo.create_model("linear_ae", (3, 64, 64), latent_dim=2).eval()
@@ -139,7 +139,7 @@ def test_memory_of_commands_does_not_grow_with_the_input(tmp_path):
     prior = aezoo.create_model("vae", (3, 64, 64), latent_dim=2, hidden_dims=(4,))
     save_model(prior.eval(), tmp_path / "vae")
     sparse(tmp_path / "x.npy", (n, 3, 64, 64), np.float32, rows=(n - 2,))
-    # what the libraries take differs from release to release
+    # the memory of the libraries depends on their versions
     sparse(tmp_path / "few.npy", (300, 3, 64, 64), np.float32, rows=())
     # impute keeps two arrays of this size in files, 200 MB
     sparse(tmp_path / "some.npy", (2_000, 3, 64, 64), np.float32, rows=())
@@ -164,4 +164,4 @@ def test_memory_of_commands_does_not_grow_with_the_input(tmp_path):
         assert len(lines) == n + 1 and lines[-1].startswith(f"{n - 1},")
         assert lines[-2].split(",")[1] != lines[-1].split(",")[1]
     (tmp_path / "imputed.npy").unlink()
-    (tmp_path / "reconstructions.npy").unlink()  # which is not sparse, and pytest keeps its folders
+    (tmp_path / "reconstructions.npy").unlink()  # not sparse, and pytest keeps its folders

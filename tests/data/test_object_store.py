@@ -1,4 +1,4 @@
-"""Chunks in an object store: moto's S3-compatible server on the loopback, with boto3 as users have it."""
+"""Chunks in an object store: moto's S3-compatible server on localhost, accessed with boto3."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ def moto():
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
-    """Credentials and settings of AWS, and none of the machine's own."""
+    """Credentials and settings of AWS, without those of the machine."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", SECRETS[0])
@@ -101,13 +101,13 @@ def refused(match, run):
         run()
     message = str(caught.value)
     assert "\n" not in message and not any(secret in message for secret in SECRETS)
-    # other errors, whose texts may hold secrets, are not shown with it
+    # chained errors, whose texts may contain secrets, are not shown
     assert caught.value.__cause__ is None and (caught.value.__suppress_context__ or caught.value.__context__ is None)
     return message
 
 
 def chunk_bytes(root):
-    """The bytes of all chunks, counted while no process deletes or begins one; a renamed one counts once."""
+    """The bytes of all chunks, counted while no process deletes or adds one; a renamed one counts once."""
     sizes = {}
     with (root / ".lock").open("ab") as lock:
         object_store._lock(lock)
@@ -117,7 +117,7 @@ def chunk_bytes(root):
     return sum(sizes.values())
 
 
-# ---- permission -----------------------------------------------------------------------------------------------------
+# ---- permission ------------------------------------------------------------------------------------------------------
 
 
 def test_address_is_not_opened_without_permission(monkeypatch):
@@ -154,7 +154,7 @@ def test_flag_gives_the_permission_for_one_command(words, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [{"allow_remote": True}, {"root": "s3://bucket/set", "allow_remote": True}])
-def test_no_file_gives_the_permission(tmp_path, monkeypatch, capsys, data):
+def test_files_cannot_give_the_permission(tmp_path, monkeypatch, capsys, data):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(boto3, "Session", lambda *_, **__: pytest.fail("it was opened"))
     Path("a.yaml").write_text(json.dumps({"model": "vae", "data": {"name": "stream", **data}}))
@@ -168,7 +168,7 @@ def test_permission_is_no_hyperparameter():
     assert "allow_remote" not in data.hparams and "allow_remote" not in dict(data.hparams_initial)
 
 
-# ---- the same as a folder -------------------------------------------------------------------------------------------
+# ---- comparison with a folder ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_cache_stays_within_its_size_and_batches_stay_equal(tmp_path, bucket):
 
     data.source.chunks["train"].cache._download = watched
     assert epochs(data, range(3)) == held
-    # one epoch's chunks do not fit, so some come twice
+    # an epoch's chunks do not fit, so some are downloaded twice
     assert max(seen) <= most and len(seen) > 3 * SHUFFLE_GROUP
     refused(rf"cache_bytes {size} is too small .* 32 chunks .* at least \d+", lambda: remote(address, cache_bytes=size))
 
@@ -235,7 +235,7 @@ def test_processes_share_a_cache_that_is_full(tmp_path, bucket):
     address, size = upload(root, bucket), max(file.stat().st_size for file in root.glob("*.bin"))
     most = 2 * SHUFFLE_GROUP * size
     command = [sys.executable, "-c", _READ_ALL, address, str(most)]
-    # other orders, so that each deletes what the others need
+    # different orders, so that each deletes chunks that others need
     started = [
         subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for seed in range(2)
@@ -281,7 +281,7 @@ def test_killed_fit_resumes_bit_for_bit(tmp_path, bucket, monkeypatch, capsys):
         process.send_signal(signal.SIGKILL)
     step = torch.load(last, weights_only=True)["global_step"]
     assert process.returncode == -signal.SIGKILL and step < 96 and step % 12
-    # as a kill within a download leaves them
+    # as left by a kill within a download
     (tmp_path / "cache" / "aezoo" / "chunks" / ".part-old.bin").write_bytes(b"half")
     for file in (tmp_path / "cache").rglob("*.bin"):
         if not file.name.startswith("."):
@@ -296,7 +296,7 @@ def test_killed_fit_resumes_bit_for_bit(tmp_path, bucket, monkeypatch, capsys):
     assert "add --allow_remote" in capsys.readouterr().err
 
 
-# ---- what goes wrong ------------------------------------------------------------------------------------------------
+# ---- failures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -315,7 +315,7 @@ def test_errors_of_the_store_are_one_line_without_secrets(tmp_path, bucket, monk
     refused(rf"{address}/chunk-0-1.bin has 5 of \d+ bytes", lambda: remote(address))
     rule = {"Effect": "Deny", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{name}/*"}
     client.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [rule]}))
-    client.delete_object(Bucket=name, Key="set/chunk-0-2.bin")  # so that nothing is known of the set
+    client.delete_object(Bucket=name, Key="set/chunk-0-2.bin")  # so that the set is not known
     refused(
         f"{address}/index.json cannot be read: access is denied: the credentials need s3:ListBucket and s3:GetObject",
         lambda: remote(address),
@@ -397,11 +397,11 @@ def test_unwritable_cache_is_reported(tmp_path):
     )
 
 
-# ---- the cache alone ------------------------------------------------------------------------------------------------
+# ---- cache -----------------------------------------------------------------------------------------------------------
 
 
 class FakeObjects:
-    """Objects of 10 bytes that are named by numbers."""
+    """Objects of 10 bytes with numbers as names."""
 
     address = "s3://fake/set"
     client = None
@@ -430,7 +430,7 @@ def test_file_unused_for_longest_is_deleted_first(tmp_path):
         os.utime(cache.folder / path, (i, i))
     with cache.held("1.bin"):
         os.utime(cache.folder / "1.bin", (0, 0))
-        hold(cache, "3.bin")  # 1.bin is older and in use
+        hold(cache, "3.bin")  # 1.bin is older but in use
     assert {file.name for file in cache.folder.iterdir()} == {"0.bin", "1.bin", "3.bin"}
     assert objects.read == ["0.bin", "1.bin", "2.bin", "3.bin"]
 
@@ -476,16 +476,16 @@ def test_threads_fetch_a_file_once(tmp_path):
     assert objects.read == ["0.bin"]
 
 
-# ---- connections that drop ------------------------------------------------------------------------------------------
+# ---- dropped connections ---------------------------------------------------------------------------------------------
 
 
 class CuttingProxy(socketserver.ThreadingTCPServer):
-    """Passes connections on, and cuts the first ones within the answer to a request for a chunk.
+    """Forwards connections, and cuts the first ones within the response to a request for a chunk.
 
     Args:
         port: of the server behind it.
-        cuts: how many answers to cut.
-        after: the bytes of an answer that pass.
+        cuts: how many responses to cut.
+        after: the bytes of a response that pass.
     """
 
     daemon_threads = True
@@ -520,7 +520,7 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
 
 @pytest.fixture
 def cut(moto, bucket, monkeypatch, tmp_path):
-    """Uploads one chunk of 2 MiB and returns its items and a function that makes a proxy for it."""
+    """Upload one chunk of 2 MiB; returns its items and a function that makes a proxy for it."""
     items = [{"x": np.random.default_rng(i).random(2**17).astype(np.float32)} for i in range(4)]
     address = upload(write_chunks(tmp_path / "set", items), bucket)
     proxies = []
@@ -543,13 +543,13 @@ def test_dropped_connection_is_taken_up_where_it_ended(cut):
     address, x, through = cut
     proxy = through(cuts=6, after=300_000)
     assert torch.equal(remote(address, **ALL).tensors("train")[0], x)
-    # more drops than attempts in a row, each of which had got on
+    # more drops than attempts, but each attempt made progress
     assert proxy.cuts == 0 and len(proxy.ranges) == 7
     assert proxy.ranges == sorted({*proxy.ranges}) and proxy.ranges[0] == 0 and proxy.ranges[-1] > 1_500_000
 
 
 @pytest.mark.slow
-def test_connection_that_always_drops_ends_in_one_line(cut, tmp_path):
+def test_permanent_connection_loss_is_reported_in_one_line(cut, tmp_path):
     address, _, through = cut
     proxy = through(cuts=10**6, after=1000)
     refused(rf"{address}/chunk-0-0.bin cannot be read: the server cannot be reached", lambda: remote(address, **ALL))

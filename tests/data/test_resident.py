@@ -1,4 +1,4 @@
-"""The resident path gives the batches of the loader path, and training the same weights, wherever the samples lie."""
+"""Samples in memory give the batches of the loaders, and trainings the same weights, for any source and device."""
 
 from types import SimpleNamespace
 
@@ -88,7 +88,7 @@ def test_epoch_set_after_iter_counts():
     same_batches(iterator, other)
 
 
-# ---- every kind of source -------------------------------------------------------------------------------------------
+# ---- every kind of source --------------------------------------------------------------------------------------------
 
 
 def folder_of_images(folder):
@@ -102,7 +102,7 @@ def folder_of_images(folder):
 
 @pytest.fixture
 def source(request, tmp_path):
-    """Arguments of a DataModule on a small set of that kind."""
+    """Arguments of a DataModule for a small set of that kind."""
     if request.param == "fashion_mnist":
         write_family("fashion_mnist", tmp_path / FAMILIES["fashion_mnist"].title / "raw", train=300)
         return {"name": "fashion_mnist", "root": str(tmp_path), "download": False}
@@ -204,7 +204,7 @@ def test_resident_and_lazy_match_for_two_processes(tmp_path):
     assert not torch.equal(parts["on0"], parts["on1"])
 
 
-# ---- what decides, and what is said ---------------------------------------------------------------------------------
+# ---- choice and log line ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def free(monkeypatch):
-    """Sets how much memory seems to be free."""
+    """Sets the free memory that is reported."""
     return lambda size: monkeypatch.setattr(resident, "free_memory", lambda device: size)
 
 
@@ -229,7 +229,7 @@ def line(caplog, data):
 
 def test_auto_memory_limit_is_quarter_of_free_memory(images, free, caplog, monkeypatch):
     size = 20 * 3 * 8 * 8  # the training split
-    # torch warns of more than this machine has cores
+    # torch warns if there are more workers than cores
     monkeypatch.setattr(datamodule_module, "default_num_workers", lambda processes: 1)
     free(4 * size)
     assert isinstance(DataModule(**images).train_dataloader(), ResidentLoader)
@@ -258,7 +258,7 @@ def test_log_line_explains_why_data_are_not_held(tmp_path, free, caplog, monkeyp
     assert line(caplog, DataModule(**data)) == f"folder: samples read by the training process: {why}"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert line(caplog, DataModule(**data)).endswith(f"process: 2 times {why}")
-    # the user's own choice needs no reason
+    # the user's choice needs no reason
     assert line(caplog, DataModule(**data, memory="off")) == "folder: samples read by the training process"
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     seen = DataModule(**data)
@@ -282,7 +282,7 @@ def test_in_memory_sources_are_always_held(free, caplog):
     assert isinstance(held, ResidentLoader)
     x = torch.rand(50, 4)
     data = DataModule.from_arrays(x, x_val=x[:5], x_test=x[:5], val_fraction=0, test_fraction=0)
-    assert data.train_dataloader().x.data_ptr() == x.data_ptr()  # and not copied
+    assert data.train_dataloader().x.data_ptr() == x.data_ptr()  # not copied
     assert "quarter" not in line(caplog, data)
 
 
@@ -322,7 +322,7 @@ def test_insufficient_memory_is_refused_in_one_line(images, monkeypatch, free, h
         free(24 * 3 * 8 * 8 - 1)
     else:
         monkeypatch.setattr(resident.torch, "empty", full)
-        # no image folder decodes through this, a set of torchvision's does
+        # image folders are decoded elsewhere, sets of torchvision here
         with pytest.raises(AezooError, match="x: 4 samples take 0 MiB of memory, which is more than is free") as caught:
             resident.load_into_memory([(torch.zeros(3),)] * 4, "x")
         assert "\n" not in str(caught.value)
@@ -384,7 +384,7 @@ def test_lightning_processes_share_memory_and_cores(images, free, monkeypatch, c
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     size = (24 if count == "whole set" else 20) * 3 * 8 * 8
     loaders, decoded = {}, {}
-    for room in (8 * size, 8 * size - 1):  # a quarter of it holds the samples twice, or just not
+    for room in (8 * size, 8 * size - 1):  # a quarter of it fits the samples twice, or just not
         free(room)
         data = DataModule(**images)
         data.trainer = two_ranks()
@@ -421,7 +421,7 @@ def test_two_process_fit_divides_free_memory(images, free, monkeypatch, tmp_path
 def test_memory_check_before_fit_counts_processes(images, free, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     size = 24 * 3 * 8 * 8
-    for room in (4 * size, 8 * size):  # of one process, and of two
+    for room in (4 * size, 8 * size):  # enough for one process, and for two
         free(room)
         data = DataModule(**images)
         command = SimpleNamespace(
@@ -459,7 +459,7 @@ def test_free_memory_respects_container_limit(monkeypatch, tmp_path):
 
     monkeypatch.setattr(resident.Path, "read_text", read_text)
     assert free_memory(torch.device("cpu")) == 4_000_000
-    # what a container has read of files counts as used until somebody needs the memory
+    # cached files count as used memory of a container, but can be reclaimed
     texts["/sys/fs/cgroup/memory.stat"] = "anon 9\nfile 900000\ninactive_file 300000\nactive_file 200000\n"
     assert free_memory(torch.device("cpu")) == 4_500_000
     texts["/sys/fs/cgroup/memory.stat"] = "odd\n"

@@ -1,4 +1,4 @@
-"""A run that is stopped between two batches and continues sees the same batches as one that never was."""
+"""A run stopped between two batches and resumed sees the same batches as an uninterrupted one."""
 
 import lightning.pytorch as pl
 import pytest
@@ -11,7 +11,7 @@ from aezoo.errors import AezooError
 
 
 class StopAt(pl.Callback):
-    """Presses Ctrl-C in the batch of that number, counted over the run."""
+    """Interrupts in the batch of a number counted over the run, as by Ctrl-C."""
 
     def __init__(self, batch):
         self.batch, self.seen = batch, 0
@@ -27,7 +27,7 @@ class StopAt(pl.Callback):
 def fit(folder, stop=None, ckpt_path=None, **plain):
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=4, hidden_dims=(16,))
-    data = DataModule("digits", **{"batch_size": 300} | plain)  # 5 batches an epoch, the last one smaller
+    data = DataModule("digits", **{"batch_size": 300} | plain)  # 5 batches per epoch, the last one smaller
     trainer = pl.Trainer(
         max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, callbacks=[*([StopAt(stop)] if stop else []), Interrupt(), Checkpoints()],
@@ -93,11 +93,11 @@ def test_batch_settings_cannot_change_mid_epoch(tmp_path, other, words):
     with pytest.raises(AezooError, match=words) as caught:
         fit(tmp_path, ckpt_path=last, **other)
     assert "\n" not in str(caught.value)
-    # who evaluates takes no part in the epoch
+    # evaluation does not depend on the epoch
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=4, hidden_dims=(16,))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     pl.Trainer(accelerator="cpu", **quiet).validate(model, DataModule("digits", **other), ckpt_path=last, verbose=False)
-    # one of an older version does not say what it has seen
+    # checkpoints of older versions do not contain the position
     DataModule("digits", **other).load_state_dict({"epoch": 1, "batches": 3, "world": 1})
     fit(tmp_path, 2, last)  # to the end of the epoch
     assert fit(tmp_path, ckpt_path=last, **other)[1] == 10 + (15 if "batch_size" in other else 5)

@@ -1,4 +1,4 @@
-"""Crops of photographs: what they are cut from, by slices, and what is refused."""
+"""Crops of photographs: compared with slices, splits, and invalid sizes."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_splits_share_no_photograph_and_keep_their_pixels():
     data = DataModule("sample_photos", size=96)
     assert data.input_shape == (3, 96, 96)
     splits = {stage: data.tensors(stage)[0] for stage in ("train", "val", "test")}
-    # of each photograph: height, width
+    # height and width of each photograph
     sizes = {
         "train": [(512, 512), (400, 600), (427, 640), (500, 741), (427, 640)],
         "val": [(300, 451)],

@@ -1,4 +1,4 @@
-"""Settings of the DataModule: which source takes which."""
+"""Settings of the DataModule and the sources that accept them."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_stored_settings_of_other_sources_are_dropped():
 
 
 class Plain(Source):
-    """A plug-in that does not say what it takes."""
+    """A plug-in that does not declare its settings."""
 
     def __init__(self, options):
         self.input_shape, self.options = (options.layout == "vector", options.max_bytes), options
@@ -86,7 +86,7 @@ class Plain(Source):
 
 @accepts(ImageArgs)
 class Resized(Plain):
-    """One that does."""
+    """A plug-in that declares its settings."""
 
 
 @pytest.mark.parametrize("factory", [Plain, Resized])

@@ -1,4 +1,4 @@
-"""The procedural sprites: their factors, their pictures against a count of points inside, and their splits."""
+"""Procedural sprites: factors, images compared with a count of points inside, and splits."""
 
 import math
 import pickle
@@ -31,7 +31,7 @@ def centre_of_mass(image):
 
 
 def points_inside(shape, scale, orientation, x, y, size, fine=16):
-    """Share of a fine grid's points in each pixel that lie in the figure, by its definition; complex plane, y down."""
+    """Share of a fine grid's points in each pixel that lie inside the shape, in the complex plane with y down."""
     at = (np.arange(size * fine) + 0.5) / fine
     centre = [((place - 15.5) / 64 + 0.5) * size for place in (x, y)]
     z = (at[None, :] - centre[0]) + 1j * (at[:, None] - centre[1])
@@ -41,7 +41,7 @@ def points_inside(shape, scale, orientation, x, y, size, fine=16):
     elif shape == ELLIPSE:
         inside = z.real**2 + (2 * z.imag) ** 2 <= 1
     else:
-        # unit: half the square's side; turned so that the two discs lie right and above of a level square
+        # unit: half the side of the square; turned so that the two discs are right of and above a level square
         shift = (math.pi / 2 + 2 / 3) / (4 + math.pi)
         w = z * math.sqrt(2) * (1 + shift) * np.exp(1j * math.pi / 4) + shift * (1 - 1j)
         inside = np.maximum(abs(w.real), abs(w.imag)) <= 1
@@ -74,7 +74,7 @@ def test_pixel_values_are_the_covered_share(shape, size, off):
         rest = [int(torch.randint(n, (), generator=dice)) for n in (6, 40, 32, 32)]
         share = points_inside(shape, *rest, size)
         error = picture(source, shape, *rest) - share
-        # corners alone are off, where the distance to one edge says little
+        # large errors at corners only, where the distance to one edge is a poor approximation
         assert float(error.abs().max()) < 0.25 and float(error.abs().sum()) < 0.1 * size, rest
         assert float(error.sum()) == pytest.approx(0, abs=off * float(share.sum())), rest
 
@@ -108,7 +108,7 @@ def test_shape_repeats_exactly_after_its_period(shape, period):
 
 
 def test_rotations_compose_and_match_array_rotation():
-    # x = y = 15.5 would be the middle; the sprite at 15 is the mirrored one of 16
+    # x = y = 15.5 would be the middle; the sprite at 15 is the mirror image of that at 16
     source = shapes()
     for shape in (SQUARE, ELLIPSE, HEART):
         for orientation in (0, 3, 8):
@@ -170,7 +170,7 @@ def test_splits_partition_samples_without_shared_images(channels):
     data = DataModule("shapes", size=8, channels=channels, memory="off", seed=3, val_fraction=0.2)
     source = data.source
     if channels == 3:
-        # one pair of hues stands for all: the order is that of the grey ones
+        # one pair of hues represents all: the order is that of grey images
         rows = {stage: source.rows(stage)[: len(data.dataset(stage)) // 36] for stage in ("train", "val", "test")}
     else:
         rows = {stage: source.rows(stage) for stage in ("train", "val", "test")}
@@ -206,7 +206,7 @@ def test_split_provides_indices_and_labels():
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [None, ["heart"]])
 def test_held_samples_and_workers_give_the_same_batches(classes, monkeypatch):
-    # fewer positions: rendering all of them would take seconds
+    # fewer positions, since rendering all of them takes seconds
     monkeypatch.setattr("aezoo.data.shapes.SIZES", (3, 6, 40, 4, 4))
     monkeypatch.setattr("aezoo.data.shapes.NAMES", ("shape", "scale", "orientation", "x", "y"))
     monkeypatch.setattr("aezoo.data.shapes.COMBINATIONS", 3 * 6 * 40 * 16)

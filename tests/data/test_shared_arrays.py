@@ -1,4 +1,4 @@
-"""Processes of a machine hold samples in memory once, and train as if each had its own."""
+"""Processes on a machine share samples in memory, and train as if each had its own."""
 
 import errno
 import os
@@ -21,14 +21,14 @@ SIZE = 2**26
 
 @pytest.fixture
 def alone():
-    """The first of two processes of a machine, in a separate group."""
+    """The first of two processes on a machine, in a separate group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield SimpleNamespace(node_rank=0, local_rank=0, num_devices=2)
     dist.destroy_process_group()
 
 
 def proportional_bytes(name):
-    """This process's share (PSS) of mappings with a name in them."""
+    """This process's proportional share (PSS) of mappings with a name."""
     found = 0
     for part in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         if name in part.partition("\n")[0]:
@@ -79,7 +79,7 @@ def share_in_group(rank, folder):
     dist.barrier()
     found = {"shared": proportional_bytes("memfd:aezoo-samples"), "freed": before - private_bytes()}
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()  # else one may have ended, and the other holds all
+    dist.barrier()  # otherwise one may end first, and the other holds all
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_two_processes_store_samples_once(tmp_path):
 
 
 class Trace(Callback):
-    """What a process trained on, and whether it lay in shared memory."""
+    """Records the batches of a process, and whether they were in shared memory."""
 
     def __init__(self, path):
         self.path, self.found = path, []

@@ -1,4 +1,4 @@
-"""Chunks that litdata's own writer wrote, on a disk."""
+"""Chunks written by litdata's own writer, on a disk."""
 
 import io
 import itertools
@@ -21,13 +21,13 @@ from aezoo.data import ArrayDataset, DataModule, stream
 from aezoo.data.loaders import SHUFFLE_GROUP, EpochSampler, sample_blocks
 from aezoo.errors import AezooError
 
-# else early versions ask the registry for a newer one
+# otherwise early versions query the registry for a newer one
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
 pytestmark = [
-    # on machines of one core
+    # on machines with one core
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
-    # litdata ignores it when it is imported; what it makes of a file is copied
+    # litdata ignores it at import; the buffer is copied
     pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
 ]
 RNG = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def test_images_and_labels(tmp_path, memory):
 
 
 @pytest.mark.parametrize("kind", ["pil", "jpeg", "png", "tensor", "numpy", "bytes"])
-def test_every_way_to_write_an_image(tmp_path, kind):
+def test_every_encoding_of_an_image(tmp_path, kind):
     arrays, number = images(6), itertools.count()
 
     def jpeg(array):
@@ -158,7 +158,7 @@ def test_stored_and_random_splits_are_used(tmp_path):
 
 
 def epochs(data, numbers=(0, 1, 2)):
-    """The batches of some epochs, as bytes, in their order."""
+    """The batches of some epochs, as bytes, in order."""
     loader, found = data.train_dataloader(), []
     for number in numbers:
         loader.sampler.set_epoch(number)
@@ -197,7 +197,7 @@ def test_chunks_are_shuffled_in_groups_and_split_over_ranks(world):
             for i in range(0, len(order), SHUFFLE_GROUP * each)
         ]
         assert [len(group) for group in groups] == [SHUFFLE_GROUP] * 3
-        # within a group the items of its chunks are mixed, and the chunks are no neighbours
+        # within a group the items of its chunks are mixed, and the chunks are not adjacent
         first = [int(blocks[row]) for row in order[: SHUFFLE_GROUP * each]]
         assert len({*first[:SHUFFLE_GROUP]}) > SHUFFLE_GROUP // 3
         assert groups[0] != {*range(min(groups[0]), min(groups[0]) + SHUFFLE_GROUP)}
@@ -311,7 +311,7 @@ def test_labels(tmp_path):
 
 
 def test_zero_dimensional_tensor_labels_are_read(tmp_path):
-    # as other sources give them, and as docs/data.md writes them
+    # as from other sources, and as in docs/data.md
     root = write(tmp_path / "set", [(torch.full((3,), 0.5), torch.tensor(n)) for n in (1, 0, 1)])
     classes(tmp_path / "set")
     data = DataModule("stream", root=root, **ALL)
@@ -410,7 +410,7 @@ def test_missing_litdata_package_names_extra():
     assert "AezooError: " in done.stderr and "pip install '.[stream]' in a checkout of aezoo" in done.stderr
 
 
-# ---- packed items ---------------------------------------------------------------------------------------------------
+# ---- packed items ----------------------------------------------------------------------------------------------------
 
 
 def write_packed(root, items, level):

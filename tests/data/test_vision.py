@@ -1,4 +1,4 @@
-"""torchvision's sets by name, from files written here; no test uses a network."""
+"""torchvision's sets by name, from files written here, without a network."""
 
 import gzip
 import inspect
@@ -26,7 +26,7 @@ def idx(array, kind=8):
 
 
 def write_family(name, folder, suffix="", train=60, test=20):
-    """Tiny idx files of one family; returns the arrays that were written."""
+    """Tiny idx files of one family; returns the arrays."""
     family = FAMILIES[name]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -47,7 +47,7 @@ def write_family(name, folder, suffix="", train=60, test=20):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No network, at once; counts what was asked for."""
+    """Fail network requests immediately, and count them."""
     asked = []
 
     def refuse(url, *args, **kwargs):
@@ -175,7 +175,7 @@ def test_missing_network_is_reported_in_one_line(tmp_path, offline, name):
         assert not offline
     else:
         assert "cannot be downloaded" in message
-        # PCam asks for h5py before it asks the network
+        # PCam needs h5py before the network
         assert offline or "h5py" in message
 
 

@@ -1,4 +1,4 @@
-"""Windows of time series: values, splits in time, labels, time stamps, and scores by step."""
+"""Windows of time series: values, splits in time, labels, time stamps, and scores per step."""
 
 import csv
 
@@ -14,7 +14,7 @@ from aezoo.data.windows import Spans, windows
 
 
 def write_series(path, n=200, labels=True, time="Timestamp"):
-    """A file of two channels in very different units, their values, labels and time stamps."""
+    """A file of two channels in very different units; returns values, labels and time stamps."""
     rng = np.random.default_rng(0)
     x = np.stack([np.sin(0.3 * np.arange(n)), 1000 + 100 * rng.normal(size=n)], 1).round(4)
     y = (np.arange(n) % 50 == 49).astype(int)
@@ -42,7 +42,7 @@ def test_series_is_cut_within_its_splits(tmp_path, step):
         assert data.source.spans[stage].first.tolist() == [*firsts]
 
 
-def test_channels_have_scales_of_their_own(tmp_path):
+def test_each_channel_is_scaled_separately(tmp_path):
     x, _, _ = write_series(tmp_path / "series.csv")
     data = DataModule(str(tmp_path / "series.csv"), window_length=1, scale="standard", val_fraction=0, test_fraction=0)
     found = data.tensors("train")[0][:, :, 0].numpy()
@@ -73,7 +73,7 @@ def test_series_of_other_kinds_of_files(tmp_path, kind):
         assert data.source.spans["test"].ends["start"][0] == 180
 
 
-def test_arrays_and_splits_of_their_own(tmp_path):
+def test_windows_of_arrays_with_separate_test_series(tmp_path):
     x, x_test = np.random.default_rng(0).normal(size=(50, 3)), np.random.default_rng(1).normal(size=(20, 3))
     data = DataModule.from_arrays(x, x_test=x_test, window_length=6, scale="none", val_fraction=0.2)
     assert [len(data.tensors(stage)[0]) for stage in ("train", "val", "test")] == [35, 5, 15]
@@ -120,7 +120,7 @@ def test_labels_without_order_and_wrong_shapes_are_refused(tmp_path):
     with pytest.raises(AezooError, match=r"a series of shape \(.*, 2, 3\): give steps"):
         windows(np.zeros((20, 2, 3)), 4)
     write_series(tmp_path / "t.csv")
-    with pytest.raises(AezooError, match="is not a number"):  # time stamps of samples that are rows
+    with pytest.raises(AezooError, match="is not a number"):  # rows with time stamps, read as samples
         DataModule(str(tmp_path / "t.csv"))
 
 
@@ -163,7 +163,7 @@ def test_detect_finds_the_steps_of_a_burst(tmp_path):
     assert 1400 <= 1200 + scores.argmax() < 1410 and scores[200:210].min() > 3 * np.median(scores)
     window = next(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert (window["start"], window["end"]) == ("1200", "1215")
-    # the pixel that contributes most to the strangest window is a step of the burst
+    # the value that contributes most to the highest score is a step of the burst
     strangest = int(found.scores.argmax())
     place = int(found.explain(strangest).contributions.argmax())
     assert 1400 <= 1200 + strangest + place < 1410

@@ -1,4 +1,4 @@
-"""Traversals of shipped weights move one number a row; the gallery names what it shows."""
+"""The gallery: traversals of pretrained weights change one dimension per row."""
 
 import importlib.util
 import io
@@ -31,7 +31,7 @@ def test_rows_move_one_number_and_are_sorted_by_effect():
     assert rows.shape == (3, gallery.STEPS, 1, 4, 4)
     change = (rows[:, 0] - rows[:, -1]).square().flatten(1).sum(1)
     assert change.tolist() == sorted(change.tolist(), reverse=True)
-    # the middle of what is moved is near the sample that all rows share
+    # the middle of a row is close to the sample that all rows start from
     start = codes[(codes - codes.mean(0)).square().sum(1).argmin()]
     expected = start.repeat(gallery.STEPS, 1)
     expected[:, 1] = torch.linspace(*(float(codes[:, 1].quantile(q)) for q in (0.01, 0.99)), gallery.STEPS)
@@ -44,7 +44,7 @@ def test_models_without_codes_images_or_vectors_have_none(name, shape):
     assert gallery.traversals(aezoo.create_model(name, shape).eval()) is None
 
 
-def test_a_prior_stands_in_for_codes():
+def test_prior_samples_replace_missing_codes():
     rows = gallery.traversals(aezoo.create_model("vae", (3, 8, 8), latent_dim=20).eval())
     assert rows.shape == (gallery.ROWS, gallery.STEPS, 3, 8, 8)
 

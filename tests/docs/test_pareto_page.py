@@ -1,4 +1,4 @@
-"""The picture of error against speed names its front and textbook models; every point has its figures and a link."""
+"""The plot of error against speed labels its front and standard models; every point has its figures and a link."""
 
 import importlib.util
 import sys
@@ -10,12 +10,12 @@ from benchmarks import pareto
 HOOKS = Path(__file__).parents[2] / "docs" / "hooks"
 spec = importlib.util.spec_from_file_location("pareto_page", HOOKS / "pareto_page.py")
 pareto_page = importlib.util.module_from_spec(spec)
-sys.modules["pareto_page"] = pareto_page  # named tuples of a module that is loaded by path look themselves up
+sys.modules["pareto_page"] = pareto_page  # named tuples of a module loaded by path look up this entry
 spec.loader.exec_module(pareto_page)
 
 
 def rows():
-    """Thirty models on a slope; two more that no other one beats in both, and a faster one of another processor."""
+    """Thirty models on a line, two more on the Pareto front, and a faster one on another processor."""
     found = [(f"m{i}", 0.02 + 0.001 * i, 1000 + 10 * i, "p") for i in range(28)]
     found += [("vae", 0.05, 500, "p"), ("dense_ae", 0.06, 600, "p")]
     found += [("best", 0.01, 900, "p"), ("fastest", 0.03, 9000, "p"), ("elsewhere", 0.005, 20_000, "q")]

@@ -1,4 +1,4 @@
-"""The check of the site sees each kind of mistake."""
+"""The check of the site finds each kind of mistake."""
 
 import pytest
 

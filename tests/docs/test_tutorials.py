@@ -1,4 +1,4 @@
-"""Each tutorial is a notebook and a script of the same cells; its page shows what the notebook has stored."""
+"""Each tutorial is a notebook and a script with the same cells; its page shows the stored outputs."""
 
 import importlib.util
 import re
@@ -25,7 +25,7 @@ def test_all_tutorials_are_pairs_and_in_the_navigation():
 
 @of_each
 def test_script_and_notebook_have_the_same_cells(path):
-    """CONTRIBUTING.md has the command that executes a notebook again."""
+    """CONTRIBUTING.md has the command that executes notebooks."""
     notebook, script = nbformat.read(path, as_version=4), jupytext.read(path.with_suffix(".py"))
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in script.cells]
 

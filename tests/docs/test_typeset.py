@@ -1,4 +1,4 @@
-"""Formulas of docstrings become the LaTeX that they mean."""
+"""Formulas of docstrings are converted to LaTeX."""
 
 import ast
 import importlib.util
@@ -95,7 +95,7 @@ def test_each_formula_is_typeset(name):
         assert depth == 0
         assert not re.search(r"[_^]\{?[_^]|~|(?<!\\)\|\||>=|<=|!=|->", text)
     text = typeset.latex(objective(name).strip("`"))
-    # names of several letters are commands, in \mathrm, \text or \operatorname, or indices
+    # names of several letters must be commands, in \mathrm, \text or \operatorname, or indices
     outside = re.sub(r"\\(mathrm|text|operatorname|hspace)\{[^{}]*\}|\\[A-Za-z]+|_\{[^{}]*\}|\\_", " ", text)
     assert {*re.findall(r"[A-Za-z]{2,}", outside)} <= {"dh", "dx", "dz", "MK"}
     assert not re.search(r"\^\)", text)

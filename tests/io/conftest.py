@@ -1,4 +1,4 @@
-"""A hub of this machine in place of the Hugging Face hub."""
+"""A local hub instead of the Hugging Face hub."""
 
 import pytest
 from hub_server import OWNER, Hub, ask
@@ -13,7 +13,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # before 1.0 a session that a test has opened offline stays offline
+    # before 1.0, a session opened offline by a test stays offline
     getattr(utils, "reset_sessions", lambda: None)()
     monkeypatch.setenv("HF_TOKEN", OWNER)
     yield server

@@ -1,12 +1,12 @@
-"""Weights that need no file: drawn from their names and shapes, the same with every version of numpy."""
+"""Random weights that need no file: drawn from names and shapes, the same for every version of numpy."""
 
 import numpy as np
 
-# streams of RandomState are frozen, those of numpy's newer generators are not
+# streams of RandomState are frozen, unlike those of numpy's newer generators
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Weights of a network by their names: products with them keep the size of values, gains lie about 1."""
+    """Weights of a network by name; matrices keep the scale of their inputs, gains are about 1."""
     numbers, found = np.random.RandomState(seed), {}
     for name in sorted(shapes):
         values = numbers.standard_normal(shapes[name])

@@ -1,4 +1,4 @@
-"""Folders as pythae and MultiVae save them, with drawn weights, and what these libraries computed with them."""
+"""Folders in the formats of pythae and MultiVae, with random weights, and outputs of these libraries."""
 
 import json
 from collections import OrderedDict
@@ -16,7 +16,7 @@ import aezoo
 from aezoo.errors import AezooError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-# for layers of 512 units
+# tolerances for layers of 512 units
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -29,7 +29,7 @@ def _state(path):
 
 
 class Folders:
-    """Cases of one library, by their names."""
+    """Cases of one library, by name."""
 
     def __init__(self, library):
         self.path = FIXTURES / library
@@ -56,7 +56,7 @@ class Folders:
 
 @contextmanager
 def noise(*draws):
-    """Have torch draw these normal numbers, in this order."""
+    """Make torch draw these normal numbers in order."""
     left = list(draws)
 
     def take(shape):
@@ -71,7 +71,7 @@ def noise(*draws):
 
 
 def assert_close(pairs):
-    """Ours and theirs, by names."""
+    """Compare ours and theirs by name."""
     for name, (found, theirs) in pairs.items():
         torch.testing.assert_close(found.detach(), theirs, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 

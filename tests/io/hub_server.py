@@ -1,4 +1,4 @@
-"""A hub of this machine: the few routes of the Hugging Face hub that pushing and loading use."""
+"""A local hub with the routes of the Hugging Face hub that pushing and loading use."""
 
 import base64
 import hashlib
@@ -22,11 +22,11 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.commits, self.private, self.asked = {}, {}, []
         self.address = f"http://127.0.0.1:{self.server_port}"
-        # its default is to look for the end twice a second, and each test waits for that
+        # the default interval of 0.5 s would delay the end of each test
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def put(self, name, files, branch="main", message="by hand"):
-        """One more commit; files are bytes by their names, beside those of the commit before."""
+        """Add a commit: files are bytes by name, added to those of the commit before."""
         history = self.commits.setdefault(name, {}).setdefault(branch, [])
         whole = (history[-1][2] if history else {}) | files
         sha = hashlib.sha1(json.dumps([name, branch, len(history)]).encode()).hexdigest()
@@ -130,8 +130,8 @@ def _oid(content):
 
 
 def ask(monkeypatch, address):
-    """Let huggingface_hub ask the server at an address."""
+    """Make huggingface_hub use the server at an address."""
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    urls = address + "/{repo_id}/resolve/{revision}/{filename}"  # made of ENDPOINT when it is imported
+    urls = address + "/{repo_id}/resolve/{revision}/{filename}"  # derived from ENDPOINT at import
     for module in (constants, file_download):  # versions before 1 have it in both
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", urls, raising=False)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and which of them a run continues from."""
+"""Files that are complete or do not exist, and from which of them a run continues."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def test_saved_file_is_intact_and_loadable(tmp_path):
 
 
 def damaged(content):
-    """The file with one bit changed at each place, and cut off at each place."""
+    """The file with one bit changed at each position, and truncated at each position."""
     for i in range(len(content)):
         yield content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
         yield content[:i]
@@ -48,9 +48,9 @@ def test_bit_flips_and_truncation_are_detected(tmp_path):
     content, harmless = path.read_bytes(), 0
     for other in damaged(content):
         path.write_bytes(other)
-        # as `newest` asks; what is no zip file at all is refused by the reader
+        # as `newest_checkpoint` does; the reader refuses files that are not zip files
         if atomic_files.find_damage(path) is None and zipfile.is_zipfile(path):
-            # the note at the end only: each part of the zip still fits its own checksum
+            # the changed bit is in the comment at the end, which has no checksum
             harmless += 1
             found = torch.load(path, weights_only=True)
             assert found["global_step"] == 7 and torch.equal(found["state_dict"]["w"], checkpoint(7)["state_dict"]["w"])
@@ -103,7 +103,7 @@ def test_best_checkpoint_becomes_last_without_second_write(tmp_path, monkeypatch
     assert step_of(tmp_path / "previous.ckpt") == 1
     record = json.loads((tmp_path / "last.ckpt.json").read_text())
     assert (record["step"], record["sha256"]) == (2, hashlib.sha256(last.read_bytes()).hexdigest())
-    # the next last checkpoint does not replace the best one
+    # the next last checkpoint does not overwrite the best one
     durable.save_checkpoint(checkpoint(3), last)
     assert not durable.name_as_last() and [step_of(path) for path in (best, last)] == [2, 3]
 
@@ -143,7 +143,7 @@ def test_unwritable_folder_is_reported(tmp_path):
         atomic_files.prepare_folder(tmp_path)
 
 
-# ---- which run ------------------------------------------------------------------------------------------------------
+# ---- choice of the run -----------------------------------------------------------------------------------------------
 
 
 def test_auto_resume_takes_newest_starts_or_refuses(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Saving and loading: every kind of path, and files that are damaged, foreign or hostile."""
+"""Saving and loading: every kind of path, and damaged, foreign or hostile files."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def train(model, folder, version="0"):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A trained model and its run folder, which no test changes."""
+    """A trained model and its run folder, which tests do not change."""
     torch.manual_seed(0)
     model = aezoo.create_model("vae", input_shape=SHAPE, latent_dim=3, hidden_dims=(12, 7), beta=2.5)
     run = train(model, tmp_path_factory.mktemp("runs"))
@@ -78,7 +78,7 @@ def saved(model, tmp_path):
 
 @pytest.fixture
 def refused():
-    """Load a path that must be refused, and return the one line that says why."""
+    """Load a path that must be refused, and return the one-line error."""
 
     def load(path, match=None):
         with pytest.raises(AezooError, match=match) as caught:
@@ -104,7 +104,7 @@ def edit(file, change):
     torch.save(checkpoint, file)
 
 
-# ---- every kind of path ---------------------------------------------------------------------------------------------
+# ---- every kind of path ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_a_loaded_model_is_in_eval_mode_and_goes_on_training(saved, tmp_path):
 
 
 def test_large_model_whose_constructor_drops_layers_loads(tmp_path):
-    # both networks build the linear layers of both, 15 million parameters for 7.4
+    # both networks first build the linear layers of both, 15 million parameters instead of 7.4 million
     model = aezoo.create_model("vae", (3, 64, 64), net="conv", hidden_dims=(150,))
     aezoo.save_model(model, tmp_path)
     assert aezoo.load_model(tmp_path).hidden_dims == (150,)
@@ -213,11 +213,11 @@ def test_unloadable_file_is_not_saved_over_good_one(model, saved, monkeypatch, t
     assert not Path("hf:").exists()
 
 
-# ---- what is not there ----------------------------------------------------------------------------------------------
+# ---- missing arguments and files -------------------------------------------------------------------------------------
 
 
 class Fewer(VAE):
-    """A model that settles most of what its parent takes, and calls one thing by another name."""
+    """Sets most arguments of its parent itself, and renames one."""
 
     def __init__(self, input_shape, *, weight: float = 2.0, latent_dim: int = 3):
         super().__init__(input_shape, beta=weight, latent_dim=2 * latent_dim)
@@ -237,7 +237,7 @@ def test_checkpoint_stores_arguments_of_its_class(tmp_path):
 
 
 class HandsOn(VAE):
-    """A model as one writes it in a notebook: one argument more, and one settled for its parent."""
+    """A model as in a notebook: one more argument, and one set for its parent."""
 
     def __init__(self, input_shape, *, extra: float = 1.0, **kwargs):
         super().__init__(input_shape, likelihood="gaussian", **kwargs)
@@ -245,7 +245,7 @@ class HandsOn(VAE):
 
 
 class HandsAllOn(VAE):
-    """Hands all on."""
+    """Forwards all arguments."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -271,7 +271,7 @@ def test_url_is_refused_before_any_request(refused, scheme):
     )
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -285,7 +285,7 @@ class Bomb:
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt"])
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "hyperparameter", "weight"])
 def test_code_executing_file_is_refused(refused, tmp_path, monkeypatch, file, how, suffix):
-    # an override that some machines have in their environment must not open the door
+    # an environment variable that disables safe loading must have no effect
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     canary, path = tmp_path / "canary", tmp_path / f"bomb{suffix}"
     content = torch.load(file, weights_only=True)
@@ -303,7 +303,7 @@ def test_code_executing_file_is_refused(refused, tmp_path, monkeypatch, file, ho
     assert not canary.exists()
     if how != "pickle":
         torch.load(path, weights_only=False)
-        assert canary.exists(), "the bomb is no bomb"
+        assert canary.exists(), "the file does not run code"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
@@ -455,7 +455,7 @@ def test_class_paths_in_a_checkpoint_are_never_followed(model, file, refused, tm
     assert "evil_module" not in sys.modules
 
 
-# ---- saved folders --------------------------------------------------------------------------------------------------
+# ---- saved folders ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sealed", [False, True])

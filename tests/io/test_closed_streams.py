@@ -1,4 +1,4 @@
-"""Standard streams that are closed or full end no command in a traceback."""
+"""Closed or full standard streams never lead to a traceback."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ CLOSED = [">&-", "2>&-", ">&- 2>&- <&-"]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="redirections of a POSIX shell")
 
 
-# one process, since most of the time of several would go into their imports
+# one process, since imports would take most of the time of several
 COMMANDS = """
 import sys
 from aezoo.__main__ import main
@@ -26,7 +26,7 @@ for command in sys.argv[1:]:
 
 
 def shell(command, redirections, folder, *more):
-    """Exit code and what the commands printed to stderr, through a shell that redirects their streams."""
+    """Run commands in a shell that redirects their streams; returns exit code and stderr."""
     python = f"-c {shlex.quote(COMMANDS)} {shlex.join([command, *more])}" if more else f"-m aezoo {command}"
     line = f'"{sys.executable}" {python} {redirections}'
     ended = subprocess.run(["sh", "-c", line], cwd=folder, capture_output=True, text=True, check=False)
@@ -67,7 +67,7 @@ def test_fit_to_full_output_ends_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_class_folder_with_undecodable_name_is_usable(tmp_path):
-    """Names of files are bytes on Linux; what is printed or written shows a question mark or an escape."""
+    """File names are bytes on Linux; undecodable ones are shown with a question mark or an escape."""
     photos = tmp_path / "photos"
     for name in (b"caf\xe9", b"plain"):
         folder = Path(os.fsdecode(bytes(photos) + b"/" + name))

@@ -1,4 +1,4 @@
-"""Models of the zoo as folders of diffusers: diffusers loads them and computes the same."""
+"""Models of the zoo exported to diffusers, which loads them and gives the same outputs."""
 
 import json
 
@@ -22,7 +22,7 @@ MODELS = {
     "vqgan": ("VQModel", {**SMALL, "codebook_size": 9}),
     "vq_vae": ("VQModel", {"net": "ldm", "activation": "silu", "likelihood": "gaussian", "codebook_size": 9}),
     "taesd": ("AutoencoderTiny", {"hidden_dims": (6, 6), "latent_dim": 5}),
-    # stages of several widths, which AutoencoderTiny does not have
+    # stages of different widths, which AutoencoderTiny does not support
     "taesd, of several widths": ("AutoencoderTiny", {"hidden_dims": (4, 7, 5)}),
 }
 
@@ -31,7 +31,7 @@ def made(name, shape=SHAPE, **settings):
     torch.manual_seed(0)
     model = aezoo.create_model(name.partition(",")[0], shape, **settings).eval()
     with torch.no_grad():
-        for p in model.parameters():  # norms with gain 1 and biases of 0 would hide mistakes
+        for p in model.parameters():  # so that gains of norms are not 1, and biases not 0
             p.add_(0.1 * torch.randn_like(p))
     return model
 
@@ -42,7 +42,7 @@ def images(n=2, shape=SHAPE):
 
 @torch.no_grad()
 def assert_same(model, theirs, x):
-    """Codes, images of codes, and images."""
+    """Compare codes, decoded codes, and reconstructions."""
     found = theirs.encode(2 * x - 1)
     z = found.latent_dist.mode() if hasattr(found, "latent_dist") else found[0]
     own = model.encoder(x) if hasattr(model, "quantiser") else model.encode(x)
@@ -59,14 +59,14 @@ def test_diffusers_computes_the_same(tmp_path, name):
     kind, settings = MODELS[name]
     model = made(name, **settings)
     if kind == "VQModel":
-        with torch.no_grad():  # codes among the encoder's outputs
+        with torch.no_grad():  # codes near the encoder's outputs
             z = model.encoder(images()).movedim(1, -1).flatten(0, 2)
             model.quantiser.code_KD.copy_(z[:9] + 0.1 * torch.randn(9, z.shape[1]))
         assert len(model.encode_indices(images()).unique()) > 2
     save_diffusers(model, tmp_path / "theirs")
     theirs = getattr(diffusers, kind).from_pretrained(tmp_path / "theirs").eval()
     assert_same(model, theirs, images())
-    # and of another size, in a model that has read the folder
+    # also at another size, in a model loaded from the folder
     again = aezoo.load_model(tmp_path / "theirs")
     assert again.kind == kind
     x = images(1, (3, 32, 16))

@@ -1,4 +1,4 @@
-"""Models on a hub: what is pushed, what is fetched, and what is refused; the hub is a server of this machine."""
+"""Models on a hub: pushing, loading, and refused addresses; the hub is a local server."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def test_pushed_model_roundtrips_exactly(hub, model):
     sha, message, files = hub.commits["user/digits"]["main"][-1]
     assert url == f"{hub.address}/user/digits/commit/{sha}" and message == "vae, pushed with aezoo"
     assert set(files) == {".gitattributes", "config.json", "model.safetensors", "README.md"}
-    assert len(hub.commits["user/digits"]["main"]) == 2  # one commit after that of the new repository
+    assert len(hub.commits["user/digits"]["main"]) == 2  # the initial commit of the repository, and one for the model
     loaded = aezoo.load_model(ADDRESS)
     assert not loaded.training and type(loaded) is type(model)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
@@ -232,7 +232,7 @@ def test_incomplete_cached_model_is_refused(hub, model, monkeypatch):
     weights = hub_files.fetch(ADDRESS) / "model.safetensors"
     weights.resolve().unlink()
     weights.unlink(missing_ok=True)
-    ask(monkeypatch, "http://127.0.0.1:9")  # where nothing listens
+    ask(monkeypatch, "http://127.0.0.1:9")  # no server
     with pytest.raises(aezoo.AezooError, match=r"cannot reach 127.0.0.1:\d+, and user/digits is not in the cache"):
         aezoo.load_model(ADDRESS)
 
@@ -253,7 +253,7 @@ def test_model_of_different_library_is_refused(hub):
 def test_offline_hub_uses_cache_or_reports(hub, model, monkeypatch):
     aezoo.push_to_hub(model, "user/digits")
     aezoo.load_model(ADDRESS)
-    ask(monkeypatch, "http://127.0.0.1:9")  # where nothing listens
+    ask(monkeypatch, "http://127.0.0.1:9")  # no server
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(aezoo.load_model(ADDRESS)(x), model(x))
     with pytest.raises(aezoo.AezooError, match=r"cannot reach 127.0.0.1:\d+, and user/other is not in the cache"):

@@ -1,4 +1,4 @@
-"""Methods of models with the contract of huggingface_hub's PyTorchModelHubMixin, and results on the model card."""
+"""Methods of models with the interface of huggingface_hub's PyTorchModelHubMixin, and results on the model card."""
 
 import inspect
 import io
@@ -34,7 +34,7 @@ def same_weights(a, b):
 def test_arguments_are_those_of_the_mixin(method):
     theirs = inspect.signature(getattr(PyTorchModelHubMixin, method)).parameters
     ours = inspect.signature(getattr(HubMethods, method)).parameters
-    # versions before 1.0 also have resume_download and proxies, which do nothing any more
+    # versions before 1.0 also have resume_download and proxies, which have no effect
     excepted = {"config", "allow_patterns", "ignore_patterns", "delete_patterns", "resume_download", "proxies"}
     assert theirs.keys() - excepted == ours.keys()
     assert all(theirs[key].kind is parameter.kind for key, parameter in ours.items())
@@ -80,7 +80,7 @@ def test_cache_arguments_are_followed(hub, model, tmp_path):
         VAE.from_pretrained("user/digits", cache_dir=other)
     assert same_weights(VAE.from_pretrained("user/digits", cache_dir=other, force_download=True), model)
     assert next(other.rglob("model.safetensors")).read_bytes() == weights
-    # arguments end with the call
+    # arguments apply to one call only
     aezoo.load_model("hf://user/digits")
     assert list((tmp_path / "cache").rglob("model.safetensors"))
 
@@ -132,7 +132,7 @@ def test_results_are_on_the_card(hub, model):
         assert f"](pictures/{name}.png)" in text and result.summary() in text
         picture = Image.open(io.BytesIO(files[f"pictures/{name}.png"]))
         assert min(picture.size) > 50 and picture.convert("L").getextrema()[0] < 100
-    # a card of one's own keeps its pictures
+    # a custom card keeps its pictures
     hub.put("user/digits", {"README.md": b"mine"})
     del hub.commits["user/digits"]["main"][-1][2]["pictures/2-generation.png"]
     aezoo.push_to_hub(model, "user/digits", results=results)

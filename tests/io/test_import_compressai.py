@@ -1,6 +1,6 @@
-"""Checkpoints of CompressAI, compared with what it computes with them, and its bit streams.
+"""Checkpoints of CompressAI: outputs compared with CompressAI's, and bit streams.
 
-`tests/compressai_fixtures.py` has written the files.
+The files were written by `tests/compressai_fixtures.py`.
 """
 
 import math
@@ -36,7 +36,7 @@ def state_of(name: str) -> dict[str, Tensor]:
         with np.load(FIXTURES / "gaussians.npz") as arrays:
             cdf = torch.from_numpy(np.pad(arrays["frequencies"].cumsum(1), ((0, 0), (1, 0)))).int()
             lengths, offsets = (torch.from_numpy(arrays[key]) for key in ("_cdf_length", "_offset"))
-        # behind the end of a table there are zeros
+        # zeros after the end of a table
         cdf[torch.arange(cdf.shape[1]) >= lengths[:, None]] = 0
         tables = {"_quantized_cdf": cdf, "_cdf_length": lengths, "_offset": offsets}
         state |= {f"gaussian_conditional.{key}": value for key, value in tables.items()}
@@ -44,7 +44,7 @@ def state_of(name: str) -> dict[str, Tensor]:
 
 
 def found_of(name: str) -> dict[str, Any]:
-    """What CompressAI computes: the picture, likelihoods, outputs, and strings in its order."""
+    """Outputs of CompressAI: the image, likelihoods, outputs, and strings in its order."""
     found: dict[str, Any] = {
         key.removeprefix("found/"): value
         for key, value in load_file(FIXTURES / f"{name}.safetensors").items()
@@ -65,18 +65,18 @@ def imported(name: str, folder: Path) -> Any:
 
 
 def same_pictures(x_hat: Tensor, expected: Tensor) -> None:
-    """Within 1e-5 of the decoder's largest value, for random weights leave [0, 1] by far."""
+    """Up to 1e-5 of the decoder's largest value, since outputs of random weights are far outside of [0, 1]."""
     largest = max(1.0, float(x_hat.detach().abs().max()))
     torch.testing.assert_close(x_hat.clamp(0, 1)[:, :, ::4, ::4], expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 def one_by_one(model: Any, x: Tensor) -> Tensor:
-    """In a batch, sums have another order, by which a number may be rounded to the one beside."""
+    """One sample at a time: sums have another order in a batch, which may change rounding."""
     with torch.no_grad():
         return torch.cat([model(picture[None]) for picture in x])
 
 
-# ---- the same numbers, integers and bytes ----------------------------------------------------------------------------
+# ---- comparison of outputs, integers and bytes -----------------------------------------------------------------------
 
 
 @every
@@ -91,7 +91,7 @@ def test_codes_likelihoods_and_outputs_are_those_of_compressai(name, tmp_path):
     side, *of_code = probabilities
     if name not in WITH_SIDE:
         of_code, side = [side], None
-    if name in IN_TURN:  # theirs are of codes without means, all places at once, where the bits have means
+    if name in IN_TURN:  # these likelihoods are of codes without means and all positions at once, unlike the bits
         params = model.hyper_decoder(coder._coded[0][0])
         law = model.gaussians(model.fused(params, model.context(y.round())))
         of_code = [law.log_mass(law.mean + (y - law.mean).round()).exp()]
@@ -110,7 +110,7 @@ def test_strings_are_those_of_compressai(name, tmp_path):
     symbols = entropy_model.encode(model, found["x"])
     coder = rans.RansCoder(model, 1)
     assert np.array_equal(coder.read_streams(iter([s for (s,) in found["strings"]][::-1]), 1), symbols)
-    # with integers outside their tables, below and above
+    # with integers outside of the tables, below and above
     tables = model.frequency_tables()
     last = tables.offset[0] + tables.length[0] - 3
     assert symbols.min() < tables.offset[0] and symbols.max() > last
@@ -118,7 +118,7 @@ def test_strings_are_those_of_compressai(name, tmp_path):
 
 @every
 def test_tables_made_from_weights_are_those_of_the_file(name, tmp_path):
-    """The float32 of another processor may round one of them to the number beside."""
+    """float32 rounding on another processor may change one of them by one."""
     model = imported(name, tmp_path)
     kept = model.frequency_tables()
     model.table_width = 0
@@ -129,7 +129,7 @@ def test_tables_made_from_weights_are_those_of_the_file(name, tmp_path):
 
 
 def test_pictures_are_padded_as_the_programs_of_compressai_do(tmp_path):
-    """With zeros on all sides to multiples of 64, one more to the right and below if they are odd."""
+    """With zeros on all sides to multiples of 64; right and bottom get one more if the number is odd."""
     model = aezoo.import_model(saved(tmp_path, state_of("mbt2018-mean"))).model
     x = found_of("mbt2018-mean")["x"][:, :, :61, :99]
     padded = F.pad(x, (14, 15, 1, 2))
@@ -164,7 +164,7 @@ OLD_NAMES = {r"^entropy_bottleneck\.matrices\.": "_matrix", r"\.biases\.": "_bia
 
 
 def with_old_names(state: dict[str, Tensor], list_names: bool) -> dict[str, Tensor]:
-    """As in published files, or in older ones."""
+    """Names as in published files, or in older ones."""
     lists = {"matrices": "_matrices.", "biases": "_biases.", "factors": "_factors."}
     single = {"matrices": "_matrix", "biases": "_bias", "factors": "_factor"}
     renamed = {}
@@ -202,7 +202,7 @@ def test_a_folder_and_safetensors_are_read(tmp_path):
 
 
 def test_tables_are_made_if_the_file_has_none(tmp_path):
-    """A checkpoint of training, before update()."""
+    """A training checkpoint, before update()."""
     state = state_of("mbt2018")
     for key in state:
         if key.endswith(("_quantized_cdf", "_cdf_length", "_offset", "scale_table")):
@@ -210,7 +210,7 @@ def test_tables_are_made_if_the_file_has_none(tmp_path):
     found = aezoo.import_model(saved(tmp_path, state))
     assert "made from the weights" in found.notes[0] and found.model.table_width == 0
     model, expected = aezoo.at_size(found.model, SIZE), found_of("mbt2018")
-    # those that update() makes are the tables of the fixture
+    # update() makes the tables of the fixture
     assert model.frequency_tables().cdf.shape == imported("mbt2018", tmp_path).frequency_tables().cdf.shape
     same_pictures(rans.decode_strings(model, rans.encode_strings(model, expected["x"])), expected["x_hat"])
 
@@ -259,7 +259,7 @@ def test_training_drops_the_tables_of_the_file(tmp_path, monkeypatch):
     torch.testing.assert_close(again, one_by_one(model, x), rtol=1e-5, atol=1e-5)
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- invalid files ---------------------------------------------------------------------------------------------------
 
 
 def narrowed(state: dict[str, Tensor]) -> None:
@@ -355,6 +355,6 @@ def test_damaged_strings_are_refused(tmp_path):
         rans.encode_strings(aezoo.create_model("factorized_prior", (1, 8, 8)), torch.zeros(1, 1, 8, 8))
 
 
-def test_other_files_are_not_taken_for_one(tmp_path):
+def test_other_files_are_not_recognised(tmp_path):
     with pytest.raises(aezoo.AezooError, match=re.escape("has an unknown format")):
         aezoo.import_model(saved(tmp_path, {"g_a.0.weight": torch.zeros(4, 3, 5, 5)}))

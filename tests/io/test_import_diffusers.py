@@ -1,4 +1,4 @@
-"""Image autoencoders of diffusers: folders, pipelines, parts, variants and single files, as diffusers reads them."""
+"""Image autoencoders of diffusers: folders, pipelines, subfolders, variants and single files."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def statistics(*shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1,), (64, 1, 1), (64, 4, 4)])
 def test_statistics_of_codes_are_read_from_the_weights(tmp_path, shape):
-    """Those of published models have as many values as a code, in the config too, which is then large."""
+    """Published models have as many statistics as code values, also in the config, which is then large."""
     net, x = representation(**statistics(*shape)), images(2, (3, 16, 16))
     net.save_pretrained(tmp_path / "theirs")
     for model in (
@@ -139,7 +139,7 @@ def test_config_larger_than_other_files_is_read(tmp_path):
     assert aezoo.load_model(tmp_path).kind == RAE
 
 
-# how version 4 of transformers, with which the published weights were written, names layers of attention
+# names of attention layers in version 4 of transformers, with which the published weights were written
 FULL = {"q": "query", "k": "key", "v": "value"}
 FORMER = {
     "dinov2": (
@@ -177,7 +177,7 @@ def test_names_of_earlier_transformers_are_read(tmp_path, kind):
     save_file(named, tmp_path / "theirs" / WEIGHTS, HEADER)
     found = aezoo.load_model(tmp_path / "theirs")
     assert torch.equal(found(x), model(x)) and found(x).std() > 0.01
-    # and in a saved model
+    # also in a saved model
     saved = aezoo.save_model(model, tmp_path / "saved")
     weights = next(path for path in saved.iterdir() if path.suffix == ".safetensors")
     state = load_file(weights)
@@ -304,7 +304,7 @@ def test_codes_of_flux_2_are_normalised_patch_by_patch(tmp_path):
     net.save_pretrained(tmp_path)
     model, x = aezoo.load_model(tmp_path), images()
     z = model.encode(x).detach()
-    patches = torch.nn.functional.pixel_unshuffle(z, 2)  # the channel, then the row and the column in the patch
+    patches = torch.nn.functional.pixel_unshuffle(z, 2)  # ordered by channel, then by row and column in the patch
     normal = torch.nn.functional.pixel_shuffle(net.bn(patches), 2)
     torch.testing.assert_close(model.standardiser(z), normal, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.standardiser.restore(normal), z, rtol=1e-5, atol=1e-5)
@@ -343,7 +343,7 @@ def test_single_file_of_other_kinds_needs_its_config(tmp_path, kind):
 
 @pytest.mark.slow
 def test_stable_diffusions_layout_as_diffusers_reads_it(tmp_path):
-    """The class converts the file, given our arguments, and computes the same."""
+    """The diffusers class converts the file with our arguments, and gives the same outputs."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
     settings = {**blocks, "block_out_channels": [32, 32, 64], "layers_per_block": 2, "latent_channels": 5}
     net = made("AutoencoderKL", **settings)
@@ -403,7 +403,7 @@ NORMS = {
 
 
 def original_dc(state):
-    """Weights by their names in DC-AE's own code, as far as its converter in diffusers states them."""
+    """Weights by their names in DC-AE's own code, as used by its converter in diffusers."""
     found = {}
     qkv = {}
     first = {"encoder.conv_in": "encoder.project_in", "decoder.conv_out": "decoder.project_out.2"}
@@ -472,7 +472,7 @@ def test_deep_compression_autoencoders_as_diffusers_reads_them(tmp_path, more):
         aezoo.import_model(tmp_path / "broken.pt")
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- invalid files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -515,7 +515,7 @@ def test_wrong_and_hostile_configs_are_refused_in_one_line(tmp_path, change, mes
 
 
 @pytest.mark.parametrize("side", [10**9, 0, -1, "large", 33, [16, 8]])
-def test_any_stated_size_of_images_is_survived(tmp_path, side):
+def test_invalid_sample_sizes_in_the_config(tmp_path, side):
     net = small()
     net.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,6 +1,6 @@
-"""Masked autoencoders of their authors and of transformers, compared with the outputs of timm and transformers.
+"""Masked autoencoders of their authors and of transformers, compared with outputs of timm and transformers.
 
-`tests/mae_fixtures.py` has written the files.
+The files were written by `tests/mae_fixtures.py`.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def test_imported_model_is_saved_trained_and_read_again(tmp_path, monkeypatch, c
     model, expected = imported("authors")
     again = aezoo.load_model("out")
     assert torch.equal(again.encode(expected["x"]), model.encode(expected["x"]))
-    # in [0, 1], as it was given
+    # in [0, 1], like the input
     assert again(expected["x"]).shape == (2, 3, 8, 8)
     again.train().loss(expected["x"])["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in again.parameters())
@@ -93,7 +93,7 @@ def state_of(library: str) -> dict[str, Tensor]:
 
 
 def encoder_alone() -> dict[str, Tensor]:
-    """As in mae_pretrain_vit_base.pth, with positions that are not trained."""
+    """As in mae_pretrain_vit_base.pth, with fixed positions."""
     return {k: v for k, v in state_of("authors").items() if not k.startswith(("decoder", "mask"))}
 
 
@@ -107,7 +107,7 @@ def test_file_with_only_an_encoder_is_read(tmp_path):
 
 
 def test_weights_of_transformers_in_other_files_are_read(tmp_path):
-    """Those of older versions: pickled, and the layers of the decoder with the name that the attribute has."""
+    """As in older versions: pickled, and with the attribute's name for decoder layers."""
     shutil.copy(FIXTURES / "transformers" / "config.json", tmp_path)
     state = {k.replace("decoder_encoder.layer", "decoder_layers"): v for k, v in state_of("transformers").items()}
     assert any("decoder_layers" in key for key in state)
@@ -117,7 +117,7 @@ def test_weights_of_transformers_in_other_files_are_read(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), model.parameters(), strict=True))
 
 
-def test_another_vision_transformer_is_not_taken_for_one(tmp_path):
+def test_another_vision_transformer_is_not_recognised(tmp_path):
     state = encoder_alone()
     trained = state | {"pos_embed": state["pos_embed"] + 0.1 * torch.randn(1, 17, 12)}
     for name, content in (("a", trained), ("b", state | {"head.weight": torch.zeros(2, 12)})):

@@ -1,4 +1,4 @@
-"""Folders of MultiVae, compared with what MultiVae computed."""
+"""Folders of MultiVae, compared with outputs of MultiVae."""
 
 import itertools
 import math
@@ -21,13 +21,13 @@ BATCH = 4
 
 
 def whole(parts):
-    """Parts as one sample: along their first dimension, or flattened."""
+    """Concatenate parts: along their first dimension, or flattened."""
     alike = len({part.shape[2:] for part in parts}) == 1
     return torch.cat([part if alike else part.flatten(1) for part in parts], 1)
 
 
 def terms_of(case, model, want, x):
-    """Ours and theirs, by names."""
+    """Our terms and theirs, by name."""
     draws = [want[key] for key in sorted(want, key=lambda key: (len(key), key)) if key.startswith("noise")]
     theirs = {key.removeprefix("term_"): value for key, value in want.items() if key.startswith("term_")}
     m = len(model.sizes)

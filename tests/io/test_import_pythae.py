@@ -1,4 +1,4 @@
-"""Folders of pythae, compared with what pythae computed."""
+"""Folders of pythae, compared with outputs of pythae."""
 
 import math
 import pickle
@@ -27,13 +27,13 @@ NAMES = {
 
 
 def constant(model):
-    """What pythae leaves out of the density of a sample of 20 values."""
+    """The constant that pythae leaves out of the density of a sample of 20 values."""
     scale = getattr(model.likelihood, "log_scale", None)
     return 0.0 if scale is None else 20 * (scale.item() + 0.5 * math.log(2 * math.pi))
 
 
 def terms_of(case, model, want):
-    """Terms of the loss, and the noise that they take, which may be in another order than pythae's."""
+    """Terms of the loss, given noise in our order, which may differ from pythae's."""
     x, draws = want["x"], [want[key] for key in sorted(want) if key.startswith("noise")]
     if case.startswith(("MIWAE", "PIWAE")):
         draws = [draws[0].transpose(1, 2)]
@@ -51,7 +51,7 @@ def terms_of(case, model, want):
 
 
 def pairs_of(case, model, want):
-    """Our terms and theirs, by the names of ours."""
+    """Our terms and theirs, by our names."""
     found, off = terms_of(case, model, want), constant(model)
     recon, reg, loss = (want.get(key) for key in ("recon_loss", "reg_loss", "loss"))
     nll, total = found["nll"] - off, found["loss"] - off
@@ -82,7 +82,7 @@ def pairs_of(case, model, want):
             "nll": (scale * nll, recon),
             "mmd": (found["mmd"], want["mmd_loss"]),
         }
-    if case.endswith("IWAE"):  # their loss has not the value of the bound, but its gradient
+    if case.endswith("IWAE"):  # their loss has the gradient of the bound, but another value
         (gradient,) = torch.autograd.grad(found["loss"], [*model.encoder.parameters()][-1])
         return {"nll": (nll, recon), "kl": (found["kl"], reg), "gradient": (gradient[:3], want["gradient"])}
     if case.startswith("VQVAE"):

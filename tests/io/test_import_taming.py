@@ -1,4 +1,4 @@
-"""First stages of taming-transformers and latent diffusion, compared with what taming's own networks computed."""
+"""First stages of taming-transformers and latent diffusion, compared with outputs of taming's networks."""
 
 import json
 from pathlib import Path

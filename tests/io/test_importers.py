@@ -1,4 +1,4 @@
-"""Sources of weights of other libraries: files on this disk and on the hub, and what is refused."""
+"""Weights of other libraries: local files and files on the hub, and invalid sources."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def test_path_inside_a_hub_repository_is_read_from_one_commit(hub):
 def test_downloaded_files_are_read_without_a_network(hub, monkeypatch):
     hub.put("user/saes", {"layer/x.safetensors": save(WEIGHTS)})
     WeightSource("hf://user/saes/layer").tensors("x.safetensors")
-    ask(monkeypatch, "http://127.0.0.1:9")  # where nothing listens
+    ask(monkeypatch, "http://127.0.0.1:9")  # no server
     assert torch.equal(WeightSource("hf://user/saes/layer").tensors("x.safetensors")["a"], WEIGHTS["a"])
     with pytest.raises(aezoo.AezooError, match="cannot reach"):
         WeightSource("hf://user/others")

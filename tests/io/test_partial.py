@@ -1,4 +1,4 @@
-"""Arrays of an unfinished command: written at their places, resumed only by the same command, packed in parts."""
+"""Arrays of unfinished commands: written by position, resumed only by the same command, packed in parts."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and restarted continues bit for bit like an undisturbed one."""
+"""A run that is killed at any time and restarted continues exactly like an uninterrupted one."""
 
 import contextlib
 import errno
@@ -66,7 +66,7 @@ def killed(home, argv, kills, seed=0, **how):
 
 @pytest.mark.slow
 def test_a_kill_right_after_a_save_loses_no_point_of_a_curve(tmp_path):
-    # 9 steps an epoch: saves at 3, 6, 9 and so on, within epochs and at their ends
+    # 9 steps per epoch: saves at 3, 6, 9 and so on, within epochs and at their ends
     short = ["--trainer.max_epochs=4", "--checkpoints.every_n_steps=3", "--trainer.log_every_n_steps=1"]
     argv = [*CASES["annealing"], *short]
     killed(tmp_path, argv, kills=3, after_saves=True)
@@ -74,14 +74,14 @@ def test_a_kill_right_after_a_save_loses_no_point_of_a_curve(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES if promises.is_recording() else ["factor_vae", "vq_vae"])
-def test_many_kills_leave_no_trace(tmp_path, case):
-    # the steps last for all kills
+def test_killed_run_equals_uninterrupted_run(tmp_path, case):
+    # enough steps for all kills
     epochs, kills = (40, 20) if promises.is_recording() else (10, 3)
     argv = [*CASES[case], f"--trainer.max_epochs={epochs}", "--checkpoints.every_n_steps=4"]
     killed(tmp_path, argv, kills=kills, seed=1)
 
 
-# ---- runs of other data ---------------------------------------------------------------------------------------------
+# ---- other data ------------------------------------------------------------------------------------------------------
 
 AUTO = ["--resume", "auto"]
 OF_ARRAYS = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=array", *OFF, "--projector.n=0"]
@@ -89,7 +89,7 @@ OF_ARRAYS = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=array
 
 @pytest.fixture
 def sets(tmp_path, monkeypatch):
-    """Two files of one name and one shape, in the current folder."""
+    """Two files of the same name and shape, in the current folder."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate("ab"):
         Path(name).mkdir()
@@ -112,7 +112,7 @@ def test_auto_starts_a_new_run_for_another_file(sets, capsys):
     error = capsys.readouterr().err
     assert "runs/vae-x/0 was trained on other data" in error and "nothing is left to do" not in error
     assert trained("runs/vae-x/0") == first and trained("runs/vae-x/1")
-    # and finds the older run of the first file again
+    # the older run of the first file is found again
     with pytest.raises(SystemExit) as ended:
         fit_to("a", *AUTO, epochs=1)
     assert ended.value.code == 0
@@ -168,7 +168,7 @@ def test_run_without_its_config_is_not_continued(sets, capsys):
     assert "gradient_clip_val: 0.5" in config.read_text()
 
 
-# ---- what a run continues from --------------------------------------------------------------------------------------
+# ---- choice of checkpoint --------------------------------------------------------------------------------------------
 
 QUIET = [*OFF, "--code_statistics.every_n_epochs=0", "--projector.n=0", "--trainer.limit_test_batches=0"]
 SHORT = ["fit", "--model=vae", "--model.hidden_dims=[8]", "--data.name=digits", "--data.batch_size=500", *QUIET]
@@ -177,7 +177,7 @@ RUN = Path("runs/vae-digits/0")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs, of three steps each."""
+    """A run of two epochs with three steps each."""
     home = tmp_path_factory.mktemp("finished")
     with contextlib.chdir(home):
         main([*SHORT, "--trainer.max_epochs=2"])
@@ -186,7 +186,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
-    """A copy of that run in the current folder; gives its folder of checkpoints."""
+    """A copy of that run in the current folder; returns its checkpoint folder."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return RUN / "checkpoints"
@@ -218,7 +218,7 @@ def flip(path):
 
 @pytest.fixture(scope="module")
 def third(finished, tmp_path_factory):
-    """The state that the run has after one epoch more."""
+    """The state of the run after one more epoch."""
     home = tmp_path_factory.mktemp("third")
     shutil.copytree(finished, home, dirs_exist_ok=True)
     with contextlib.chdir(home):
@@ -248,7 +248,7 @@ def test_damaged_last_checkpoint_is_named_and_previous_used(run, third, capsys, 
 def test_curves_of_resume_in_same_second_are_read_last(run):
     file = next(RUN.glob("events.out.tfevents.*"))
     before = curves(RUN)["train/loss"]
-    # TensorBoard reads by name: in the same second the process with the greatest number would come last
+    # TensorBoard reads in order of names: within one second, the largest process id would come last
     file.rename(RUN / f"events.out.tfevents.{int(time.time()) + 1}.~host.99999.0")
     go_on()
     after = curves(RUN)["train/loss"]
@@ -291,7 +291,7 @@ def test_finished_run_is_reported_and_extended_by_larger_limit(run, capsys):
 
 @pytest.mark.slow
 def test_early_stopped_run_resumes_with_larger_patience(run, capsys):
-    never = "--early_stopping.min_delta=1e6"  # after the first epoch nothing is an improvement
+    never = "--early_stopping.min_delta=1e6"  # no improvement after the first epoch
     flags = [never, "--early_stopping.patience=1"]
     end = go_on(*flags, epochs=9)
     assert end["global_step"] == 9
@@ -302,7 +302,7 @@ def test_early_stopped_run_resumes_with_larger_patience(run, capsys):
     assert "continue with a larger --early_stopping.patience" in capsys.readouterr().err
     assert go_on(never, "--early_stopping.patience=3", epochs=9)["global_step"] == 15
     assert go_on(never, "--early_stopping.patience=0", epochs=7)["global_step"] == 21
-    # it was not impatience that ended it at the seventh epoch
+    # the run did not end at the seventh epoch because of patience
     assert go_on(*flags, epochs=8)["global_step"] == 24
 
 
@@ -324,7 +324,7 @@ def test_resume_accepts_path_and_off(run, capsys):
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 9
     main([*SHORT, "--trainer.max_epochs=1", "--resume", "off"])
     assert torch.load("runs/vae-digits/1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
-    # the newest run is meant
+    # refers to the newest run
     main([*SHORT, "--trainer.max_epochs=2", "--resume", "auto"])
     assert torch.load("runs/vae-digits/1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
     assert "give --resume or --ckpt_path, not both" in refused(
@@ -332,7 +332,7 @@ def test_resume_accepts_path_and_off(run, capsys):
     )
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        # nothing to train on, so that it ends there
+        # ends there, without training data
         main([*SHORT, "--data.name=folder", "--data.root=none", *AUTO, "--trainer.default_root_dir=other"])
     assert "no run in other" in capsys.readouterr().err
 
@@ -404,7 +404,7 @@ def test_auto_resume_works_with_settings_in_files(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_flags_override_files_override_checkpoint(run, capsys):
     Path("my.yaml").write_text("model: {class_path: vae, init_args: {lr: 0.5, beta: 3.0}}\n")
-    # the name of a file would be the name of another run
+    # without --resume, the name of the file would name the run
     main(["fit", "-c", "my.yaml", "--model.lr=0.25", "--trainer.max_epochs=3", "--resume", str(RUN)])
     error = capsys.readouterr().err
     assert "model.lr is 0.25, the checkpoint has 0.001" in error
@@ -428,14 +428,14 @@ def test_resume_does_not_duplicate_added_callbacks(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hangs_up():
-    """What SIGHUP does here where nobody listens, instead of ending the tests."""
+    """Fail if SIGHUP reaches the default handler, instead of ending the tests."""
     before = signal.signal(signal.SIGHUP, lambda *_: pytest.fail("nobody listens to SIGHUP"))
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 class Gone(io.StringIO):
-    """An output that nobody reads any more."""
+    """An output whose reader has gone."""
 
     def write(self, text):
         raise OSError(errno.EIO, "Input/output error")
@@ -451,7 +451,7 @@ def test_a_signal_saves_the_step_and_ends_with_its_code(run, monkeypatch, capsys
 
     def step(self, batch, batch_idx):
         if self.trainer.global_step == 7:
-            if number == signal.SIGHUP:  # the terminal has gone with it, of which kernel and shell tell us both
+            if number == signal.SIGHUP:  # the terminal has gone, and the signal comes from the kernel and the shell
                 monkeypatch.setattr(sys, "stderr", Gone())
                 monkeypatch.setattr(os, "write", lambda fd, text: Gone().write(text) if fd == 2 else write(fd, text))
             for _ in range(times):
@@ -469,7 +469,7 @@ def test_a_signal_saves_the_step_and_ends_with_its_code(run, monkeypatch, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "Input/output")])
 def test_closed_output_saves_step_and_fails(run, monkeypatch, capsys, error):
-    """A reader that has gone is told by a print: of the bar, which cannot take itself off the screen either then."""
+    """Printing fails if the reader has gone, also when the bar is removed from the screen."""
 
     def show(self, trainer, *_):
         if trainer.global_step == 8:
@@ -567,7 +567,7 @@ def test_later_run_ignores_remains_of_earlier_run(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     main([*SHORT, "--checkpoints.dirpath=ck", "--trainer.max_epochs=1"])
     assert resume.latest_run(RUN.parent) == ((tmp_path / "ck/last.ckpt").resolve(), RUN)
-    # killed before it has saved anything
+    # killed before saving anything
     (RUN.parent / "1").mkdir()
     assert resume.latest_run(RUN.parent) == (None, RUN.parent / "1")
     shutil.rmtree(RUN.parent / "1")
@@ -589,7 +589,7 @@ def test_failed_checkpoint_write_keeps_last_checkpoint(run, monkeypatch, capsys,
         return true_open(path, flags, *args, **kwargs)
 
     class Full:
-        """A file on a disk that has room for a thousand bytes."""
+        """A file on a disk with space for a thousand bytes."""
 
         def __init__(self, file):
             self.file, self.room = file, 1000
@@ -611,7 +611,7 @@ def test_failed_checkpoint_write_keeps_last_checkpoint(run, monkeypatch, capsys,
 
     if how == "full":
         monkeypatch.setattr(os, "fdopen", lambda handle, mode: Full(true_fdopen(handle, mode)))
-        # the settings are longer, too
+        # the settings would also be too long
         monkeypatch.setattr(lightning_cli.SaveConfig, "_write", lambda *args, **kwargs: None)
     else:
         monkeypatch.setattr(os, "open", read_only)
@@ -624,7 +624,7 @@ def test_failed_checkpoint_write_keeps_last_checkpoint(run, monkeypatch, capsys,
 
 
 def saves_of(monkeypatch, *flags):
-    """The steps at which `last.ckpt` is written, or becomes another name of the best."""
+    """The steps at which `last.ckpt` is written, or linked to the best checkpoint."""
     steps = []
     true = atomic_files._write_record
 
@@ -641,7 +641,7 @@ def saves_of(monkeypatch, *flags):
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        # eight steps an epoch, whose last one waits for the end of the epoch
+        # eight steps per epoch; the last one is saved at the end of the epoch
         ([], [8, 16]),
         (["--checkpoints.every_n_steps=3"], [3, 6, 8, 9, 12, 15, 16]),
         (["--checkpoints.every_n_epochs=2"], [16]),
@@ -656,7 +656,7 @@ def test_checkpoints_by_step_epoch_and_time(tmp_path, monkeypatch, flags, steps)
 
 @pytest.mark.slow
 def test_run_folder_always_has_valid_checkpoint(tmp_path, monkeypatch):
-    """Looked at after each call that gives a file another name, makes a second one, or removes one."""
+    """Checked after each call that renames, links or removes a file."""
     monkeypatch.chdir(tmp_path)
     looks = []
 
@@ -664,7 +664,7 @@ def test_run_folder_always_has_valid_checkpoint(tmp_path, monkeypatch):
         def call(*args, **kwargs):
             result = true(*args, **kwargs)
             found, _ = atomic_files.newest_checkpoint(RUN / "checkpoints")
-            # from the first one on; best files, which would hide a gap, are not kept here
+            # after the first one; best checkpoints, which would hide a gap, are not kept here
             if found is not None or looks:
                 looks.append(found)
             return result

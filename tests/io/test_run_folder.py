@@ -1,4 +1,4 @@
-"""Each run has a separate folder, and each folder one run that writes into it."""
+"""Each run has a separate folder, and each folder has one run that writes to it."""
 
 import contextlib
 import shutil
@@ -38,7 +38,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def holder():
-    """Another process that writes into run 0."""
+    """Another process that writes to run 0."""
     (HOME / "0").mkdir(parents=True)
     command = [sys.executable, "-c", HOLD, str(HOME / "0"), str(HOME / "0")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -154,14 +154,14 @@ def test_damaged_checkpoint_is_skipped_inside_its_folder(monkeypatch, capsys):
     assert "last.ckpt cannot be used" in capsys.readouterr().err
 
 
-# ---- a folder that is moved while its run trains --------------------------------------------------------------------
+# ---- moved folders ---------------------------------------------------------------------------------------------------
 
 RUN, ELSEWHERE = HOME / "0", Path("elsewhere")
 MORE = [*FIT, "--trainer.limit_train_batches=3", "--trainer.max_epochs=3"]
 
 
 class Meanwhile(pl.Callback):
-    """Does something to the folders at the start of some hook, in the second epoch."""
+    """Acts on the folders at the start of a hook, in the second epoch."""
 
     def __init__(self, hook, act):
         setattr(self, hook, lambda trainer, *_: self.act(trainer))
@@ -181,7 +181,7 @@ def fit_while(monkeypatch, hook, act):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_epoch_end"])
-def test_a_run_moved_while_it_trains_goes_on_there(monkeypatch, capsys, hook):
+def test_a_run_moved_while_it_trains_continues_there(monkeypatch, capsys, hook):
     links = []
     monkeypatch.setattr(run_folder.atexit, "register", lambda *call: links.append(call))
     fit_while(monkeypatch, hook, lambda: RUN.rename(ELSEWHERE))

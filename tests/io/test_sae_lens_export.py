@@ -1,4 +1,4 @@
-"""Folders for SAELens: what is written is read again as the same model; tests/parity has SAELens itself read them."""
+"""Folders for SAELens: reading them gives the same model; tests/parity reads them with SAELens itself."""
 
 import json
 

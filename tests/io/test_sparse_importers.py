@@ -1,6 +1,6 @@
-"""Sparse autoencoders of other libraries give the codes and outputs of the originals, and wrong files are refused.
+"""Sparse autoencoders of other libraries: codes and outputs equal the originals', and invalid files are refused.
 
-tests/sparse_autoencoder_fixtures.py has written the fixtures with the libraries themselves.
+The fixtures were written by tests/sparse_autoencoder_fixtures.py with these libraries.
 """
 
 import json
@@ -21,7 +21,7 @@ from aezoo.registry import name_of
 
 ROOT = Path(__file__).parent.parent / "fixtures" / "sparse_autoencoders"
 N = 10
-# cases whose folder has the name that the format needs
+# cases that need a certain folder name
 PATHS = {
     "gemma_scope": "google+gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_59",
     "gemma_scope_embedding": "google+gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6",
@@ -37,7 +37,7 @@ PATHS = {
     "qwen_scope": "Qwen+SAE-Res-Qwen3-8B-Base-W64K-L0_3/layer0.sae.pt",
 }
 CASES = sorted(path.stem for path in ROOT.glob("*.safetensors"))
-# the model of the zoo, by the first of these words in a case's name
+# the model of the zoo, by the first of these words in the name of a case
 MODELS = {
     "transcoder": "transcoder",
     "CrossCoder": "crosscoder",
@@ -115,7 +115,7 @@ def test_scale_missing_in_the_file_can_be_given_and_folded(tmp_path):
 
 
 def test_llama_scope_thresholds_count_norms_of_directions(tmp_path):
-    """The authors' standardize_parameters_of_dataset_activation_scaling and transform_to_unit_decoder_norm, by hand."""
+    """As in the authors' standardize_parameters_of_dataset_activation_scaling and transform_to_unit_decoder_norm."""
     path, stretch = copied("llama_scope", tmp_path), torch.linspace(0.5, 2, N)
     change_config(path, "hyperparams.json", dataset_average_activation_norm={"in": 1.7, "out": 0.9})
     file = path / "checkpoints" / "final.safetensors"
@@ -184,7 +184,7 @@ def test_subfolder_of_a_revision_is_read_from_the_hub(hub):
         model = aezoo.load_model(f"hf://user/saes/blocks.3/trainer_0{address}")
         want = expected(case)
         torch.testing.assert_close(computed(model, want["x"])[0], want["code"], rtol=1e-5, atol=1e-5)
-    # what the files do not say, the repository's name does
+    # settings missing in the files follow from the repository's name
     for case, name in (("gemma_scope_transcoder", "google/gemma-scope-2b-pt-transcoders"),
                        ("gemma_scope", "google/gemma-scope-2b-pt-res")):  # fmt: skip
         hub.put(name, files(case, "layer_3/width_16k/average_l0_76"))
@@ -202,7 +202,7 @@ def test_subfolder_of_a_revision_is_read_from_the_hub(hub):
 
 
 def copied(case, tmp_path):
-    """A copy under the same names of folders."""
+    """A copy with the same folder names."""
     return Path(shutil.copytree(source(case), tmp_path / PATHS.get(case, case)))
 
 
@@ -213,7 +213,7 @@ def change_config(folder, name="cfg.json", /, **settings):
 
 
 def change_weights(path, **tensors):
-    """Tensors by name, functions of them, or None to leave them out."""
+    """Change tensors by name: values, functions of them, or None to remove them."""
     if path.suffix == ".npz":
         held = {key: torch.from_numpy(value) for key, value in np.load(path).items()}
     else:

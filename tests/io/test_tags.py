@@ -1,4 +1,4 @@
-"""Pretrained weights by their tags: found, compared with their hashes, loaded, refused; used by every command."""
+"""Pretrained weights by tag: found, verified by hashes, loaded, refused; used by every command."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def entry(folder, source="", **changes):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder for weights in place of the package's, with `write` for its entries."""
+    """A folder for weights instead of the package's, with `write` for its entries."""
     folder = tmp_path / "weights"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -54,7 +54,7 @@ def model():
 
 @pytest.fixture
 def tag(home, model):
-    """`vae.tiny` and `dense_ae.tiny`, the second one with codes and scores, both stored in float16."""
+    """`vae.tiny` and `dense_ae.tiny`, both stored in float16, the second with codes and scores."""
     other = aezoo.create_model("dense_ae", SHAPE, latent_dim=2, hidden_dims=(8,)).eval()
     scores = {"deviance": torch.arange(1000).double()}
     other.data_statistics = DataStatistics(torch.randn(50, 2), scores)
@@ -65,7 +65,7 @@ def tag(home, model):
     return "vae.tiny"
 
 
-# ---- found ----------------------------------------------------------------------------------------------------------
+# ---- lookup ----------------------------------------------------------------------------------------------------------
 
 
 def test_tags_are_listed_by_pattern_and_family(tag):
@@ -96,7 +96,7 @@ def test_results_of_a_tag_go_to_a_folder_of_its_name(tag):
     assert trained["folder"].as_posix() == "runs/vae.tiny" and trained["data"] == {"name": "digits"}
 
 
-# ---- refused --------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vae.tny", "variational.tny", "va.tiny"])
@@ -150,7 +150,7 @@ def test_damaged_entry_is_refused(tag, home, name, changes):
         aezoo.list_models(pretrained=True)
 
 
-# ---- create_model ---------------------------------------------------------------------------------------------------
+# ---- create_model ----------------------------------------------------------------------------------------------------
 
 
 def test_create_model_takes_the_weights_own_hyperparameters(tag, model):
@@ -175,7 +175,7 @@ def test_untrained_models_keep_their_default_shape():
     assert aezoo.create_model("linear_ae").input_shape == (1, 28, 28)
 
 
-# ---- statistics -----------------------------------------------------------------------------------------------------
+# ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_are_kept_by_save_and_load(tmp_path):
@@ -224,17 +224,17 @@ def test_detect_calibrates_on_the_scores_of_the_weights(tag):
     assert found.threshold == pytest.approx(900, rel=1e-4) and "1,000 held-out samples" in found.text
     quantile = aezoo.detect(model, x, quantile=0.5, baselines=False)
     assert quantile.threshold == pytest.approx(499.5)
-    # samples that are given take precedence
+    # given samples take precedence
     given = aezoo.detect(model, x, calibrate_on=torch.rand(20, *SHAPE), baselines=False)
     assert "20 held-out samples" in given.text
 
 
-# ---- on the hub -----------------------------------------------------------------------------------------------------
+# ---- on the hub ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def remote(tag, home, hub):
-    """`vae.remote`, whose files are on the hub."""
+    """`vae.remote`, with files on the hub."""
     sha = hub.put("user/digits", {file.name: file.read_bytes() for file in (home / tag).iterdir()})
     whole = entry(home / tag, "hf://user/digits", revision=sha)
     write(home, {"vae.remote": whole})
@@ -273,7 +273,7 @@ def test_without_a_network_the_message_says_which_files_go_where(remote, home, m
         aezoo.load_model("vae.remote")
 
 
-# ---- plug-ins -------------------------------------------------------------------------------------------------------
+# ---- plug-ins --------------------------------------------------------------------------------------------------------
 
 
 class Point:
@@ -288,7 +288,7 @@ class Point:
 
 @pytest.fixture
 def plugin(tag, home, tmp_path, monkeypatch):
-    """A package with weights of its own; returns the folder of its files."""
+    """A package with weights; returns the folder of its files."""
     package = tmp_path / "site" / "aezoo_weights_of_others"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -318,7 +318,7 @@ def test_plugin_without_its_file_is_named(plugin):
         aezoo.list_models(pretrained=True)
 
 
-# ---- commands -------------------------------------------------------------------------------------------------------
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def test_list_and_info_show_tags(tag, capsys):

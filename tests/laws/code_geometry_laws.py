@@ -1,4 +1,4 @@
-"""Laws of the models that shape where codes lie: topological, triplet and isometric autoencoders, triplet VAE."""
+"""Laws of the models with a loss on the geometry of codes: topological, triplet, isometric AE, triplet VAE."""
 
 from typing import Any
 
@@ -33,13 +33,13 @@ LABELS = labels(0, 1, 0, 0, 1, -1)
 
 
 def plain(model: Any) -> Any:
-    """The autoencoder with the same weights and no term beside the likelihood."""
+    """The autoencoder with the same weights and only the likelihood as loss."""
     other = aezoo.create_model("denoising_ae", SHAPE, corruption="none", latent_dim=CODE, hidden_dims=(16,)).double()
     other.load_state_dict({key: value for key, value in model.state_dict().items() if key != "log_unit"})
     return other
 
 
-def of_nets(model: Any, loss: Tensor) -> list[Tensor]:
+def network_gradients(model: Any, loss: Tensor) -> list[Tensor]:
     return [*torch.autograd.grad(loss, [*model.encoder.parameters(), *model.decoder.parameters()])]
 
 
@@ -58,10 +58,13 @@ def test_zero_weight_equals_plain_autoencoder(name: str, training: bool, shifted
     other = plain(model).train(training)
     mine, theirs = model.loss(x, LABELS), other.loss(x)
     torch.testing.assert_close(mine["loss"], theirs["loss"], rtol=1e-12, atol=1e-12)
-    assert same(of_nets(model, mine["loss"]), of_nets(other, theirs["loss"]))
+    assert same(network_gradients(model, mine["loss"]), network_gradients(other, theirs["loss"]))
     with_weight = small(name, shifted, **{WEIGHT[name]: 3.0})
     with_weight.load_state_dict(model.state_dict())
-    assert not same(of_nets(with_weight, with_weight.loss(x, LABELS)["loss"]), of_nets(other, other.loss(x)["loss"]))
+    assert not same(
+        network_gradients(with_weight, with_weight.loss(x, LABELS)["loss"]),
+        network_gradients(other, other.loss(x)["loss"]),
+    )
 
 
 @pytest.mark.parametrize("name", WEIGHT)
@@ -82,11 +85,11 @@ def test_two_ranks_equal_one_process(name: str, mining: str, shifted: Any) -> No
     for term, value in one.items():
         torch.testing.assert_close(two.terms[term], value, rtol=1e-9, atol=1e-12)
     for mine, theirs in zip(two.gradients(), gradients(model, one["loss"]), strict=True):
-        # the loss is the mean over ranks, and each holds the gradient of both
+        # the gradients of the mean loss, summed over both copies
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-11)
     alone = on_two_ranks(model, x, y, exchange=False).terms["loss"]
     assert (alone - one["loss"]).abs() > 1e-4
-    if name == "triplet_ae":  # a rank that takes itself for the first pairs a sample with itself
+    if name == "triplet_ae":  # with the wrong rank a sample would be paired with itself
         assert (on_two_ranks(model, x, y, ranked=False).terms["loss"] - one["loss"]).abs() > 1e-4
 
 
@@ -94,7 +97,7 @@ def test_two_ranks_equal_one_process(name: str, mining: str, shifted: Any) -> No
 
 
 def triples(y: Any) -> list[tuple[int, int, int]]:
-    """Anchor, positive, negative by three loops."""
+    """All triplets of anchor, positive and negative, by three loops."""
     y, n, found = y.tolist(), range(len(y)), []
     for a in n:
         for p in n:

@@ -1,4 +1,4 @@
-"""Laws start from one seed; those that several models share run in the file of each."""
+"""Seed all laws, and run laws of several models in the test file of each model."""
 
 import sys
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from law_fixtures import _seed  # noqa: F401
 
 from aezoo import list_models
 
-# their assertions tell values, as those of tests do
+# pytest rewrites assertions of other modules only on request
 pytest.register_assert_rewrite(
     *(path.stem for path in Path(__file__).parent.rglob("*.py") if path.stem.endswith(("_laws", "_helpers")))
 )
 
 
 def _names(value: object) -> Iterator[str]:
-    """Models that a parameter names, by their name or by a class of theirs."""
+    """Names of models in a parameter: strings, and the modules of model classes and their bases."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, type):
@@ -34,7 +34,7 @@ def _is_of_its_file(item: pytest.Function, known: dict[str, str]) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem(collector: pytest.Module, obj: Any) -> Iterator[None]:
-    """A law of several models is written once and imported by the file of each, which keeps the cases of its model."""
+    """A law of several models is imported by the test file of each model; only the cases of this model are kept."""
     made = yield
     if not isinstance(made, list) or getattr(obj, "__module__", collector.obj.__name__) == collector.obj.__name__:
         return made

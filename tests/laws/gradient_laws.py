@@ -1,4 +1,4 @@
-"""Laws of every model's gradients: derivatives of the loss terms, but where the paper stops or estimates them."""
+"""Gradients of all models' loss terms against finite differences, except where they are stopped or estimated."""
 
 from typing import Any
 
@@ -19,6 +19,7 @@ _ADVERSARIAL_KL = {
     "discriminator": "decoder encoder",
     "adversarial": "discriminator",
 }
+# parts of the model for which a term has no gradient although its value depends on them
 STOPPED: dict[str, dict[str, str]] = {
     "isometric_ae": {"iso": "encoder"},
     "simmim": {"readout": "encoder mask_token"},
@@ -72,6 +73,7 @@ STOPPED: dict[str, dict[str, str]] = {
         "adversarial": "discriminator",
     },
 }
+# parts of the model for which the gradient of a term is an estimate
 ESTIMATED: dict[str, dict[str, str]] = {
     "topk_sae": {"aux": "decoder encoder"},
     "abs_topk_sae": {"aux": "decoder encoder"},
@@ -113,7 +115,7 @@ ESTIMATED: dict[str, dict[str, str]] = {
 }
 
 
-# settings that the table's small models do not have, and the beginning of the parameters that are compared
+# settings that differ from those of reductions_helpers, and the prefix of the compared parameters
 OTHERS: list[tuple[str, dict[str, Any], str]] = [
     ("iwae", {"estimator": "reparam"}, ""),
     ("mae", {"norm_pix": True}, "decoder.scale"),
@@ -127,12 +129,12 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
 
 
 class Case:
-    """A model off its start, and the loss terms of one batch: with labels, if it reads them also without and with some.
+    """A model away from its initial weights, and its loss terms: with labels, without and with some if it uses labels.
 
     Args:
         name: the model.
         shifted: the fixture.
-        **settings: in place of those of the table.
+        **settings: replace those of reductions_helpers.
     """
 
     def __init__(self, name: str, shifted: Any, **settings: Any) -> None:
@@ -161,14 +163,14 @@ class Case:
         return dict(zip(self.parameters, found, strict=True))
 
     def moved(self, steps: dict[str, Tensor]) -> dict[str, float]:
-        """The terms with these added to parameters."""
+        """The terms after these steps from the start."""
         with torch.no_grad():
             for key, value in self._state().items():
                 value.copy_(self._start[key] + steps.get(key, 0))
         return {key: float(term.detach()) for key, term in self._terms().items()}
 
     def slopes(self, directions: dict[str, Tensor]) -> dict[str, tuple[float, float, float]]:
-        """Along these directions the finite difference of each term, what its gradient gives, and rounding."""
+        """For each term the finite difference along these directions, that by its gradient, and the tolerance."""
         ahead, behind = (self.moved({key: sign * STEP * d for key, d in directions.items()}) for sign in (1, -1))
         found = {}
         for term, gradient in self.gradients.items():
@@ -185,7 +187,7 @@ def part(parameter: str) -> str:
 
 
 def exceptions(name: str, term: str) -> set[str]:
-    """The parts that the gradient of a term stops at, or is an estimate for."""
+    """The parts for which the gradient of a term is stopped or estimated."""
     stopped, estimated = STOPPED.get(name, {}), ESTIMATED.get(name, {})
     terms = {*stopped, *estimated} if term == "loss" else (term,)
     return {part for key in terms for part in f"{stopped.get(key, '')} {estimated.get(key, '')}".split()}
@@ -194,11 +196,11 @@ def exceptions(name: str, term: str) -> set[str]:
 @pytest.mark.parametrize("name", others_slow([*MODELS], {*MODELS} - {"diffusers_ae"}))
 def test_gradients_are_derivatives_of_the_terms(name: str, shifted: Any) -> None:
     case = Case(name, shifted)
-    alike: dict[tuple[str, ...], dict[str, Tensor]] = {}
+    by_terms: dict[tuple[str, ...], dict[str, Tensor]] = {}
     for key, p in case.parameters.items():
         where = tuple(term for term in case.terms if part(key) not in exceptions(name, term))
-        alike.setdefault(where, {})[key] = torch.randn_like(p)
-    for where, directions in alike.items():
+        by_terms.setdefault(where, {})[key] = torch.randn_like(p)
+    for where, directions in by_terms.items():
         slopes = case.slopes(directions)
         for term in where:
             slope, product, rounding = slopes[term]
@@ -221,7 +223,7 @@ def test_gradients_with_other_settings_are_derivatives(
         assert parts & exceptions(name, term) or abs(slope - product) <= rounding, (term, slope, product)
 
 
-# the loss is not the sum of its terms: parts of the model are weighted
+# the loss of these two weights a term differently for different parts of the model
 @pytest.mark.parametrize("name", sorted({*STOPPED, *ESTIMATED} - {"mine_vae", "vae_gan"}))
 def test_loss_gradient_is_the_weighted_sum_of_terms(name: str, shifted: Any) -> None:
     case = Case(name, shifted)
@@ -230,12 +232,12 @@ def test_loss_gradient_is_the_weighted_sum_of_terms(name: str, shifted: Any) -> 
     table, wanted = np.stack([*columns.values()], 1), flat(case.gradients["loss"])
     weights = dict(zip(columns, np.linalg.lstsq(table, wanted, rcond=1e-12)[0], strict=True))
     np.testing.assert_allclose(table @ [*weights.values()], wanted, atol=1e-9 * np.abs(wanted).max())
-    # what only the adversary learns from, or is weighed by its gradient, is no part of the value
-    apart = {"discriminator", "gradient_penalty"}
+    # terms that contribute only their gradient to the loss
+    gradient_only = {"discriminator", "gradient_penalty"}
     if name == "f_anogan" or "adaptive_weight" in case.terms:
-        apart |= {"adversarial", "alignment"}
-    assert all(weight > 1e-3 for term, weight in weights.items() if term in apart)
-    value = sum(weight * case.terms[term].item() for term, weight in weights.items() if term not in apart)
+        gradient_only |= {"adversarial", "alignment"}
+    assert all(weight > 1e-3 for term, weight in weights.items() if term in gradient_only)
+    value = sum(weight * case.terms[term].item() for term, weight in weights.items() if term not in gradient_only)
     assert value == pytest.approx(case.terms["loss"].item(), rel=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the quantised family: each loss by its formula, where gradients go, k-means, usage, what is resumed."""
+"""Laws of the quantised family: losses by their formulas, what each term trains, codebook usage, resuming."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ from aezoo.models.quantised.rq_vae import RQVAE
 from aezoo.models.quantised.sim_vq_vae import SimVQVAE
 from aezoo.models.quantised.vq_vae import VQVAE
 
-# the model of each case whose name is not a model's, for conftest.py
+# the model of each case, for conftest.py
 MODEL_OF = {
     "vq": "vq_vae",
     "vq-gradient": "vq_vae",
@@ -43,7 +43,7 @@ MODEL_OF = {
 DIM, PLACES = 4, 3
 
 
-# away from neutral values, so that every weight shows
+# no neutral values, so that every weight has an effect
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vq": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6}),
     "vq-gradient": ("vq_vae", {"latent_dim": DIM, "codebook_size": 7, "beta": 0.6, "update": "gradient"}),
@@ -64,7 +64,7 @@ every = pytest.mark.parametrize("key", MODELS)
 
 
 class FixedCode(nn.Module):
-    """An encoder that gives the same z to whatever it reads, so that z can be looked at."""
+    """An encoder whose output is a given z for any input."""
 
     def __init__(self, z: Tensor) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class FixedCode(nn.Module):
 
 
 def small(key: str, **settings: Any) -> Any:
-    """A model of three places in float64, its weights and its codes away from where they start."""
+    """A float64 model with three places, with weights and codebooks away from their initial values."""
     name, given = MODELS[key]
     return spread(built(name, **given, **settings).double())
 
 
 def built(name: str, **settings: Any) -> Any:
-    """A model of vectors of 6 values, as it starts."""
+    """An untrained model for vectors of 6 values."""
     return aezoo.create_model(name, (6,), **{"net": "mlp", "hidden_dims": (16,), "places": PLACES, **settings})
 
 
@@ -110,7 +110,7 @@ def gradients(value: Tensor, of: Any) -> list[Tensor]:
     return [*found]
 
 
-# ---- the loss, written out a place at a time -------------------------------------------------------------------------
+# ---- the loss by numpy, place by place -------------------------------------------------------------------------------
 
 
 def rows_of(z: Tensor) -> np.ndarray:
@@ -124,7 +124,7 @@ def nearest(row: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def by_codebooks(rows: np.ndarray, codebooks: list[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
-    """Codes, each the nearest to what the codebooks before have left over, and their squared distance."""
+    """Sums of the nearest codes to the residuals of earlier codebooks, and their squared distance."""
     codes: list[np.ndarray] = []
     distance = 0.0
     for row in rows:
@@ -164,7 +164,7 @@ def by_rounding(rows: np.ndarray, levels: tuple[int, ...], depth: int) -> tuple[
 
 
 def reference(key: str, model: Any, z: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """z_q, (B, C, P), and terms a sample, by numpy from the encoder's output."""
+    """z_q, (B, C, P), and terms per sample, by numpy from the encoder's output."""
     rows, quantiser, terms = rows_of(z), model.quantiser, dict[str, float]()
     if key == "vq-groups":
         codebooks = [group.code_KD.detach().numpy() for group in quantiser.groups]
@@ -214,7 +214,7 @@ def test_loss_matches_numpy_formula(key: str, training: bool) -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-# ---- where gradients go ----------------------------------------------------------------------------------------------
+# ---- what each term trains -------------------------------------------------------------------------------------------
 
 
 ENCODER, CODES, DECODER = "encoder", "codes", "decoder"
@@ -244,7 +244,7 @@ def test_each_term_trains_expected_parts_only(key: str) -> None:
 
 
 class BetaOnCodebook:
-    """On the wrong term: taming-transformers #57, diffusers #8226, 1d-tokenizer #95, SEED-Voken #60, CodeFormer."""
+    """The wrong term (taming-transformers #57, diffusers #8226, 1d-tokenizer #95, SEED-Voken #60, CodeFormer)."""
 
     def loss(self: Any, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = super().loss(x)  # type: ignore[misc]
@@ -258,7 +258,7 @@ class BetaOnAllTerms:
 
 
 class CommitmentAfterEstimator:
-    """jax-vqvae-gpt #2: z_q has the gradient of z by then, so that nothing pulls z."""
+    """jax-vqvae-gpt #2: z_q already has the gradient of z, so that of the commitment term is 0."""
 
     def loss(self: Any, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = super().loss(x)  # type: ignore[misc]
@@ -268,7 +268,7 @@ class CommitmentAfterEstimator:
 
 
 def beta_law(cls: Any, **settings: Any) -> None:
-    """With beta = 0.6 it pulls z to the codes, and 1 the codes to z, both as differences written out say."""
+    """The weight of the term that pulls z to the codes is beta = 0.6, that of the term that pulls codes to z is 1."""
     nets = {"net": "mlp", "hidden_dims": (16,), "places": PLACES, "latent_dim": DIM}
     model = spread(cls((6,), codebook_size=7, beta=0.6, **nets, **settings).double())
     x = data(9)
@@ -298,15 +298,15 @@ def test_beta_weights_commitment_only(cls: Any, settings: dict[str, Any]) -> Non
     beta_law(cls, **settings)
 
 
-@pytest.mark.parametrize("rival", [BetaOnCodebook, BetaOnAllTerms, CommitmentAfterEstimator])
+@pytest.mark.parametrize("mistake", [BetaOnCodebook, BetaOnAllTerms, CommitmentAfterEstimator])
 @pytest.mark.parametrize(("cls", "settings"), CODEBOOKS)
-def test_misplaced_beta_is_detected(rival: Any, cls: Any, settings: dict[str, Any]) -> None:
+def test_misplaced_beta_is_detected(mistake: Any, cls: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        beta_law(type("Rival", (rival, cls), {}), **settings)
+        beta_law(type("Mistake", (mistake, cls), {}), **settings)
 
 
 def passed(key: str, **settings: Any) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
-    """A model, z and z_q as rows, (N, D), and the gradients of the nll in both."""
+    """A model, z and z_q as rows, (N, D), and the gradients of the nll by both."""
     model = small(key, **settings).eval()
     z = torch.randn(5, DIM, PLACES, dtype=torch.float64, requires_grad=True)
     seen: list[Tensor] = []
@@ -340,10 +340,10 @@ def test_rotation_trick_keeps_angle_and_scales_by_norms(key: str) -> None:
 
 def trained_losses(model: Any, steps: int = 4) -> list[dict[str, float]]:
     optimizer = torch.optim.SGD(model.parameters(), 0.02)
-    dice, found = torch.Generator().manual_seed(3), []
+    generator, found = torch.Generator().manual_seed(3), []
     for _ in range(steps):
         optimizer.zero_grad()
-        x = torch.rand(8, 6, generator=dice, dtype=torch.float64)
+        x = torch.rand(8, 6, generator=generator, dtype=torch.float64)
         terms = model.train().training_step(x, 0)
         terms["loss"].backward()
         optimizer.step()
@@ -352,7 +352,7 @@ def trained_losses(model: Any, steps: int = 4) -> list[dict[str, float]]:
 
 
 def require_alike(one: Any, other: Any) -> None:
-    """The same losses while both are trained, which change."""
+    """Check that both models have the same losses in training, and that these change."""
     first, second = trained_losses(one), trained_losses(other)
     assert first[0]["loss"] != first[-1]["loss"]
     for a, b in zip(first, second, strict=True):
@@ -444,10 +444,10 @@ def test_quantiser_dropout_keeps_first_levels(key: str) -> None:
     indices, z_q = found
     depth = (indices >= 0).sum(1)
     assert torch.equal(indices >= 0, torch.arange(3)[:, None] < depth[:, None])
-    assert torch.equal(depth, depth[:, :1].expand(-1, PLACES))  # of a sample, not of a place
+    assert torch.equal(depth, depth[:, :1].expand(-1, PLACES))  # the same at all places of a sample
     shares = np.bincount(depth[:, 0].numpy(), minlength=4) / 2000
     np.testing.assert_allclose(shares, [0, 0.7 / 3, 0.7 / 3, 0.3 + 0.7 / 3], atol=5 * 0.5 / 2000**0.5)
-    # the levels that are kept are those of evaluation, and their sum is what is decoded
+    # the kept levels have the indices of evaluation, and their sum is decoded
     assert torch.equal(indices, before.encode_indices(x).where(indices >= 0, -1))
     torch.testing.assert_close(z_q, before.codes(indices))
 
@@ -465,13 +465,13 @@ def test_autocast_indices_and_terms_match_float32(key: str) -> None:
     assert torch.equal(half, exact)
     for name in terms.keys() - {"nll", "loss"}:
         assert half_terms[name].dtype == torch.float32 and torch.equal(half_terms[name], terms[name]), name
-    if key == "vq":  # which is not so where distances are computed in bf16
+    if key == "vq":  # with distances in bf16 some indices would differ
         near, codes = as_rows(z), model.quantiser.code_KD.bfloat16()
         wrong = (codes.square().sum(1) - 2 * near @ codes.T).argmin(1)
         assert (wrong != as_rows(exact)[:, 0]).any()
 
 
-# ---- what is used ----------------------------------------------------------------------------------------------------
+# ---- codebook usage --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_usage_is_over_whole_set_not_batch_mean(key: str, sizes: tuple[int, ...]
     assert np.mean(means) < 0.95 * expected["val/usage"]
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ PRIORS = ("index_transformer", "pixelcnn")
 
 @pytest.mark.parametrize("name", [name for name in aezoo.list_models() if aezoo.model_class(name).discrete_code])
 def test_inference_calls_do_not_update_codebook(name: str) -> None:
-    """A Trainer leaves a model in training, in which a quantiser learns from all that it quantises."""
+    """A Trainer leaves a model in training mode, in which each batch updates the codebook."""
     torch.manual_seed(0)
     # the priors over indices drop activations
     model = aezoo.create_model(name, (1, 16, 16), **({"dropout": 0.0} if name in PRIORS else {}))

@@ -1,4 +1,4 @@
-"""Laws of every model: nats per sample, one scale for training and evaluation, float32 where autocast would round."""
+"""Small hyperparameters of every built-in model, for laws of all models."""
 
 from typing import Any
 
@@ -188,8 +188,8 @@ def build(name: str, shifted: Any, **extra: Any) -> Any:
     torch.manual_seed(0)
     model = shifted(aezoo.create_model(name, input_shape=SHAPE, **(MODELS[name] | extra)))
     if name in ("topk_sae", "abs_topk_sae", "ra_sae", "batch_topk_sae", "matryoshka_sae", "temporal_sae"):
-        large = 3 if name == "temporal_sae" else 8  # which is of a row of pixels
-        with torch.no_grad():  # a third is dead, with positive pre-activations that the live latents outrank
+        large = 3 if name == "temporal_sae" else 8  # whose tokens are rows of pixels
+        with torch.no_grad():  # a third is dead, with positive pre-activations below those of the others
             model.encoder.bias += large
             model.encoder.bias[::3] -= large * 5 / 8
         model.since_fired_N[::3] = 10**6

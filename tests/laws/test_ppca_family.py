@@ -1,10 +1,11 @@
-"""Probabilistic PCA is the exact solution of every bound that a linear model with Gaussian noise can be trained on.
+"""Probabilistic PCA is the optimum of every bound on log p(x) for a linear model with Gaussian noise.
 
 With a linear decoder and p(x|z) = N(W z + m, s^2 I) the likelihood has its maximum in closed form (Tipping & Bishop
 1999, https://doi.org/10.1111/1467-9868.00196): W = U (L - s^2)^1/2 with the leading eigenvectors U and eigenvalues L of
-the data's covariance, s^2 the mean of the others. The columns of W are orthogonal, so that the posterior is a diagonal
-Gaussian which a linear encoder can give: each bound is log p(x) itself there, whatever is drawn, and no step away from
-there can raise it. Every model of the zoo whose bound reduces to that is put to this test, its weights set by PCA.
+the data's covariance, s^2 the mean of the others. The columns of W are orthogonal, so the posterior is a diagonal
+Gaussian, which a linear encoder can represent. There each bound equals log p(x) for any draw, and a step away from
+there cannot increase it. This is tested for all models that have a setting with a bound on this log p(x), with weights
+from PCA.
 """
 
 import math
@@ -20,7 +21,7 @@ import aezoo
 K = 8
 
 
-# the setting at which each bound is one on log p(x) of this model
+# settings at which a model's bound is one on log p(x) of the linear model
 NEUTRAL: dict[str, dict[str, Any]] = {
     "vae": {},
     "beta_vae": {"beta": 1.0},
@@ -57,17 +58,17 @@ NEUTRAL: dict[str, dict[str, Any]] = {
 }
 
 
-# why the others are not of the family
+# why the other models are not tested here
 OTHERS = {
-    "mixture_vae": "its prior is learned: its own laws hold it at N(0, I)",
-    "vamp_vae": "its prior is the encoder's",
-    "cmvae": "its prior is learned: its own laws hold it at N(0, I)",
-    "mvae": "its posterior is the encoder's Gaussian times the prior: its own laws hold it at the exact one",
-    "mhvae": "its posterior is the encoders' Gaussians times the prior: its own laws hold it at the exact ones",
-    "dmvae": "its posterior of the shared code has the prior in it: its own laws hold it at the exact one",
-    "telbo": "it has encoders of parts beside that of the whole: its own laws hold all at the exact ones",
-    "jmvae": "it has encoders of parts beside that of the whole: its own laws hold all at the exact ones",
-    "jnf": "it has encoders and flows of parts beside that of the whole: its own laws hold its VAE to the last bit",
+    "mixture_vae": "its prior is learned: its own laws test it with N(0, I)",
+    "vamp_vae": "its prior depends on the encoder",
+    "cmvae": "its prior is learned: its own laws test it with N(0, I)",
+    "mvae": "its posterior is the encoder's Gaussian times the prior: its own laws test the exact one",
+    "mhvae": "its posterior is the encoders' Gaussians times the prior: its own laws test the exact ones",
+    "dmvae": "its posterior of the shared code includes the prior: its own laws test the exact one",
+    "telbo": "it has encoders of parts besides the joint one: its own laws test exact posteriors",
+    "jmvae": "it has encoders of parts besides the joint one: its own laws test exact posteriors",
+    "jnf": "it has encoders and flows of parts besides the joint encoder: its own laws compare it with the VAE",
     "nexus": "its bound is that of two levels, which are not trained on it together",
     "two_stage_vae": "its prior is a second model",
     "conditional_vae": "bounds log p(x|y)",
@@ -77,10 +78,10 @@ OTHERS = {
     "poincare_vae": "codes lie in a ball",
     "gamma_vae": "codes are positive",
     "logcosh_vae": "the noise is not Gaussian",
-    "msssim_vae": "what it compares with is no density",
-    "perceptual_vae": "what it compares with is no density",
+    "msssim_vae": "its distance is not a likelihood",
+    "perceptual_vae": "its distance is not a likelihood",
     "vae_gan": "the code is trained on features, not on the likelihood",
-    "vdvae": "its networks are of its own kind, with no linear limit",
+    "vdvae": "its networks have no linear limit",
 }
 
 
@@ -94,8 +95,8 @@ ESTIMATORS = [
 CASES = [*NEUTRAL.items(), *ESTIMATORS]
 
 
-# info_vae and beta_tcvae compare all pairs of 1,437 digits, which takes long and leaves their ELBO that of the VAE
-IN_THE_MEAN = [case for case in CASES if case[0] not in ("info_vae", "beta_tcvae")]
+# info_vae and beta_tcvae compare all pairs of 1,437 digits, which is slow, and their ELBO is that of the VAE
+ON_AVERAGE = [case for case in CASES if case[0] not in ("info_vae", "beta_tcvae")]
 
 
 ONE_DRAW = [case for case in CASES if case[0] in ("iwae", "miwae", "piwae")]
@@ -106,7 +107,7 @@ def name_of(case: Any) -> str:
 
 
 class Solution:
-    """Probabilistic PCA of samples (N, D), by numpy only."""
+    """Probabilistic PCA of samples (N, D) by numpy."""
 
     def __init__(self, x: np.ndarray) -> None:
         self.x, self.mean = x, x.mean(0)
@@ -122,7 +123,7 @@ class Solution:
         return -0.5 * (len(self.w) * math.log(2 * math.pi) + np.linalg.slogdet(covariance)[1] + distance)
 
     def copy_into(self, model: Any) -> Any:
-        """The decoder, and the encoder of the posterior N(M^-1 W' (x - m), s^2 M^-1), M = W'W + s^2 I."""
+        """Set the decoder, and the encoder to the posterior N(M^-1 W' (x - m), s^2 M^-1), M = W'W + s^2 I."""
         down, up = (
             next(m for m in net.modules() if isinstance(m, nn.Linear)) for net in (model.encoder, model.decoder)
         )
@@ -153,7 +154,7 @@ def solved(solution: Solution, name: str, settings: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_importance_weight_is_the_likelihood(case: Any, solution: Solution) -> None:
-    """Where q is the posterior log p(x, z) - log q(z|x) does not depend on z: one draw is enough."""
+    """If q is the posterior, log p(x, z) - log q(z|x) does not depend on z, so one draw is enough."""
     x = torch.from_numpy(solution.x)[:200]
     found = solved(solution, *case).log_likelihood(x, 1)
     np.testing.assert_allclose(found.numpy(), solution.log_likelihood()[:200], rtol=1e-9)
@@ -168,9 +169,9 @@ def test_bound_equals_likelihood_for_any_draw(case: Any, solution: Solution) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", IN_THE_MEAN, ids=name_of)
+@pytest.mark.parametrize("case", ON_AVERAGE, ids=name_of)
 def test_bound_is_likelihood_in_mean_and_stationary(case: Any, solution: Solution) -> None:
-    """Over 8 draws for each of 1,437 digits, the same for all weights that are compared."""
+    """With 8 draws for each of 1,437 digits, the same for all compared weights."""
     model, x = solved(solution, *case), torch.from_numpy(solution.x)
 
     def bound(at: Any) -> tuple[float, float]:
@@ -193,13 +194,13 @@ def test_bound_is_likelihood_in_mean_and_stationary(case: Any, solution: Solutio
         assert bound(model)[0] < exact - 5 * error
 
 
-# a share of ciwae is the ELBO with its closed-form KL, whose gradient is 0 in the mean only
+# for ciwae see test_true_posterior_gives_evidence_without_noise
 WITHOUT_NOISE = [case for case in ESTIMATORS if case[1]["estimator"] != "reparam" and case[0] != "ciwae"]
 
 
 @pytest.mark.parametrize("case", WITHOUT_NOISE, ids=name_of)
-def test_at_the_solution_the_path_derivative_has_no_noise(case: Any, solution: Solution) -> None:
-    """Sticking the landing (Roeder et al. 2017): where q is the posterior every draw gives the encoder no gradient."""
+def test_path_derivative_has_no_noise_at_the_solution(case: Any, solution: Solution) -> None:
+    """Sticking the landing (Roeder et al. 2017): if q is the posterior, the encoder's gradient is 0 for every draw."""
     model, x = solved(solution, *case).train(), torch.from_numpy(solution.x)[:64]
     model.loss(x)["loss"].backward()
     largest = max(float(p.grad.abs().max()) for p in model.encoder.parameters())
@@ -209,6 +210,6 @@ def test_at_the_solution_the_path_derivative_has_no_noise(case: Any, solution: S
     assert largest < 1e-9 * noisy
 
 
-def test_every_variational_model_is_listed_or_excused() -> None:
+def test_every_variational_model_is_listed_or_excluded() -> None:
     assert {*NEUTRAL, *OTHERS} == set(aezoo.list_models(family="variational"))
     assert not NEUTRAL.keys() & OTHERS.keys()

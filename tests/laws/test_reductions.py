@@ -1,4 +1,4 @@
-"""Laws of every model: nats per sample, one scale for training and evaluation, float32 where autocast would round."""
+"""Laws of all models: terms in nats per sample, the same in training and evaluation, in float32 under autocast."""
 
 import math
 from typing import Any
@@ -18,8 +18,8 @@ from torch import Tensor
 import aezoo
 from aezoo.testing import SharedNoise
 
-# rhohat is a mean over the batch before it enters a logarithm; dead latents are counted over batches; the others
-# compare a mean, a covariance or the codes of a whole batch with something, or weigh gradients of a whole batch
+# the loss is not a mean over samples: rhohat is a batch mean in a logarithm, dead latents are counted over batches, the
+# others have statistics, codes or gradients of the whole batch
 BATCH_COUPLED = (
     *("sparse_ae_kl", "topk_sae", "annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "beta_tcvae", "joint_vae"),
     *("factor_vae", "vae_gan", "wta_ae", "dagmm", "wae_mmd", "swae", "cw_ae", "topological_ae"),
@@ -28,15 +28,15 @@ BATCH_COUPLED = (
 )
 
 
-# what is estimated depends on how many samples there are
+# estimates that depend on the batch size
 BATCH_SIZED = ("beta_tcvae", "wta_ae", "wae_mmd", "cw_ae", "topological_ae")
 
 
-# a bound is a logarithm of a mean, no sum of terms
+# the bound is the logarithm of a mean, not a sum of terms
 BOUNDS = ("iwae", "miwae", "piwae", "ciwae", "conditional_vae")
 
 
-# the likelihood is that of a noisy code or of a noisy sample's, of a code that the batch has thinned out, or of indices
+# the nll is of a noisy code, of a corrupted sample, of a code that is sparse across the batch, or of indices
 NOISY = (
     *("denoising_ae", "vae", "beta_vae", "annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "sigma_vae", *BOUNDS),
     *("beta_tcvae", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "ada_gvae", "mlvae"),
@@ -51,19 +51,18 @@ NOISY = (
 )
 
 
-# evaluated with whole numbers, trained with noise in place of rounding
+# rounded codes in evaluation, noise instead of rounding in training
 ROUNDED = ("factorized_prior", *WITH_SIDE, "elic", "gained_hyperprior", "compressai")
 
 
-# trained with the scale that suits the batch, evaluated with its running mean; the likelihood is its own, or codes are
-# noisy in training only
+# batch statistics in training and running means in evaluation, or noise in training only
 OWN_SCALE = (
     *("sigma_vae", "sq_vae", "representation_ae", "batch_topk_sae", "matryoshka_sae", "dagmm", "vp_vae", "fsp_vae"),
     *ROUNDED,
 )
 
 
-# the score is another than -log p(x | xhat)
+# the score is not -log p(x | xhat)
 OWN_SCORE = (
     "dagmm",
     "ganomaly",
@@ -79,14 +78,14 @@ OWN_SCORE = (
 )
 
 
-# nll + kl, whatever these are
+# the loss is nll + kl
 PLAIN = (
     *("semi_supervised_m1", "logcosh_vae", "denoising_vae", "msssim_vae", "perceptual_vae", "ada_gvae", "mlvae"),
     "triplet_vae",
 )
 
 
-# takes no other likelihood
+# the likelihood cannot be chosen
 OWN_LIKELIHOOD = (
     *("sigma_vae", "sq_vae", "logcosh_vae", "dncnn", "noise2noise", "noise2void"),
     *("pixelcnn", "index_transformer", "consistency_decoder"),
@@ -99,7 +98,7 @@ def loss(model: Any, x: Tensor, rows: Any, total: int = 6) -> dict[str, Tensor]:
     return found
 
 
-def test_the_table_covers_every_built_in_model() -> None:
+def test_settings_cover_every_built_in_model() -> None:
     built_in = {
         name
         for family in (
@@ -111,15 +110,15 @@ def test_the_table_covers_every_built_in_model() -> None:
     assert set(MODELS) == built_in
 
 
-def of_models(left_out: Any) -> Any:
-    """The names of models, in the default run one of each kind."""
+def parametrize_models(left_out: Any) -> Any:
+    """Parametrise by the names of all other models; only representative ones run by default."""
     return pytest.mark.parametrize("name", others_slow([n for n in MODELS if n not in left_out], SLOW_REPRESENTATIVE))
 
 
 @pytest.mark.parametrize("training", [True, False])
-@of_models(BATCH_SIZED)
+@parametrize_models(BATCH_SIZED)
 def test_a_batch_given_twice_has_the_same_loss(name: str, training: bool, shifted: Any) -> None:
-    """A sum over the batch, or an unbiased statistic of it, would show; rhohat and the L0 are plain means."""
+    """Sums over the batch and unbiased statistics would differ; rhohat and the L0 are plain means."""
     x = torch.rand(6, *SHAPE)
     once = loss(build(name, shifted).double().train(training), x.double(), range(6))
     twice = loss(build(name, shifted).double().train(training), x.double().repeat(2, 1, 1, 1), [*range(6)] * 2)
@@ -128,7 +127,7 @@ def test_a_batch_given_twice_has_the_same_loss(name: str, training: bool, shifte
         torch.testing.assert_close(twice[term], once[term], rtol=1e-6, atol=1e-9, msg=lambda m, t=term: f"{t}: {m}")
 
 
-@of_models(BATCH_COUPLED)
+@parametrize_models(BATCH_COUPLED)
 def test_batch_loss_is_mean_over_samples(name: str, shifted: Any) -> None:
     model, x = build(name, shifted).double().eval(), torch.rand(6, *SHAPE, dtype=torch.float64)
     whole = loss(model, x, range(6))
@@ -138,19 +137,19 @@ def test_batch_loss_is_mean_over_samples(name: str, shifted: Any) -> None:
         torch.testing.assert_close(whole[term], mean, rtol=1e-6, atol=1e-9)
 
 
-@of_models(())
-def test_codes_reconstructions_and_scores_ignore_the_batch_mates(name: str, shifted: Any) -> None:
+@parametrize_models(())
+def test_codes_reconstructions_and_scores_ignore_other_samples(name: str, shifted: Any) -> None:
     model, x = build(name, shifted).double().eval(), torch.rand(6, *SHAPE, dtype=torch.float64)
     for call in (model.encode, model, model.score):
         with torch.no_grad():
             torch.testing.assert_close(call(x)[2:4], call(x[2:4]), rtol=1e-9, atol=1e-12)
 
 
-# trained on images that are turned, or with a part of them in sight
+# training transforms inputs, or hides parts of them
 PARTIAL = ("eq_vae", "asymmetric_kl", "maetok", "nexus")
 
 
-@of_models((*OWN_SCALE, *PARTIAL))
+@parametrize_models((*OWN_SCALE, *PARTIAL))
 def test_training_and_evaluation_losses_agree_at_equal_noise(name: str, shifted: Any) -> None:
     x = torch.rand(6, *SHAPE)
     train, evaluation = (loss(build(name, shifted).train(mode), x, range(6)) for mode in (True, False))
@@ -158,9 +157,9 @@ def test_training_and_evaluation_losses_agree_at_equal_noise(name: str, shifted:
         torch.testing.assert_close(train[term], evaluation[term], rtol=1e-6, atol=1e-6)
 
 
-@of_models((*NOISY, *OWN_LIKELIHOOD))
+@parametrize_models((*NOISY, *OWN_LIKELIHOOD))
 def test_nll_is_summed_over_the_data_and_averaged_over_the_batch(name: str, shifted: Any) -> None:
-    """Against torch.distributions, summed over the 64 values here: a mean over them would be 64 times less."""
+    """Against torch.distributions, summed over the 64 values of a sample."""
     for likelihood in ("bernoulli", "gaussian:0.3"):
         model, x = build(name, shifted, likelihood=likelihood).eval(), torch.rand(6, *SHAPE)
         x_hat = model(x)
@@ -174,7 +173,7 @@ def test_nll_is_summed_over_the_data_and_averaged_over_the_batch(name: str, shif
             torch.testing.assert_close(model.score(x), expected, rtol=1e-4, atol=1e-3)
 
 
-@of_models((*BOUNDS, "vae_gan"))
+@parametrize_models((*BOUNDS, "vae_gan"))
 def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> None:
     weights = {
         "contractive_ae": {"jacobian": 0.1},
@@ -257,21 +256,21 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(name: str, shifted: Any) -> N
         "representation_ae": {"perceptual": 0.5},
         "vqgan": {"commitment": 0.25, "codebook": 1.0, "perceptual": 0.5},
         **{key: {"kl": 1.0} for key in PLAIN},
-        # lam of 0.01, of squared errors of values to 255 and of bits
+        # lam = 0.01 is for squared errors of values up to 255, and for bits
         **{key: {"rate": 1.0, "nll": 0.01 * 255**2 * math.log(2) - 1} for key in ROUNDED},
         "compressai": {"rate": 1.0, "nll": 0.01 * 255**2 * math.log(2) - 1, "quantiles": 1.0},
     }.get(name, {})
     terms = build(name, shifted).double().loss(torch.rand(6, *SHAPE, dtype=torch.float64))
     total = terms["nll"] + sum(weight * terms[term] for term, weight in weights.items())
     torch.testing.assert_close(terms["loss"], total)
-    assert all(terms[term] != 0 for term in weights)  # away from the neutral value
+    assert all(terms[term] != 0 for term in weights)  # not at a neutral value
     assert all(value.shape == () for value in terms.values())
 
 
 @pytest.mark.parametrize(
     "likelihood", ["bernoulli", "gaussian", "continuous_bernoulli", "discretised_logistic", "beta_binomial"]
 )
-@of_models(OWN_LIKELIHOOD)
+@parametrize_models(OWN_LIKELIHOOD)
 def test_terms_stay_float32_and_close_under_bf16_autocast(name: str, likelihood: str, shifted: Any) -> None:
     model, x = build(name, shifted, likelihood=likelihood).eval(), torch.rand(64, *SHAPE)
     full = loss(model, x, range(64), 64)
@@ -281,8 +280,8 @@ def test_terms_stay_float32_and_close_under_bf16_autocast(name: str, likelihood:
         assert value.dtype == torch.float32, term
         if term not in ("dead_latents", "l0"):
             least = 0.02 * math.log(2)
-            if name in ROUNDED:  # some numbers are rounded to the one beside, and a loss weighs its nll up
+            if name in ROUNDED:  # some values are rounded to another integer, and the weight of the nll is large
                 least = 0.1 * (model.weight if term == "loss" else 1)
-            # a ratio of the norms of two gradients, whose sums cancel, and with them more of their eight bits
+            # a ratio of the norms of two gradients, whose sums cancel in part, which loses precision
             relative = 0.1 if term == "adaptive_weight" else 0.02
             assert value.item() == pytest.approx(full[term].item(), rel=relative, abs=least), term

@@ -1,4 +1,4 @@
-"""A model on two ranks, played by two threads that exchange what two processes would."""
+"""Run a model on two simulated ranks: two threads exchange what two processes would."""
 
 import copy
 import threading
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from aezoo.testing import SharedNoise
 
-_PATIENCE = 20
+_TIMEOUT_S = 20
 
 
 @dataclass
 class TwoRankResult:
-    """What two ranks make of a batch.
+    """The result of a batch on two ranks.
 
     Attributes:
-        terms: of the loss, averaged over the ranks.
+        terms: loss terms, averaged over the ranks.
         copies: the model of each rank.
     """
 
@@ -28,7 +28,7 @@ class TwoRankResult:
     copies: list[Any]
 
     def gradients(self) -> list[Tensor]:
-        """Of the averaged loss in each parameter, which both ranks hold."""
+        """Gradients of the averaged loss by each parameter, summed over the copies of both ranks."""
         own = [torch.autograd.grad(self.terms["loss"], [*m.parameters()], retain_graph=True) for m in self.copies]
         return [sum(pair) for pair in zip(*own, strict=True)]  # type: ignore[misc]
 
@@ -42,27 +42,27 @@ def on_two_ranks(
     ranked: bool = True,
     prepare: Callable[[Any, int], None] = lambda model, rank: None,
 ) -> TwoRankResult:
-    """The model on half of the batch each, with the noise that one process would draw for these samples.
+    """Run the model on half of the batch per rank, with the noise that one process would draw for these samples.
 
     Args:
-        model: copied for each rank, as each process has its own: functional_call swaps parameters for a while.
+        model: copied for each rank, since functional_call replaces parameters temporarily.
         x: samples of both ranks.
         y: labels of both.
-        exchange: False computes each rank's loss as if there were no other.
-        ranked: False lets each rank take itself for the first.
-        prepare: what else is done to a rank's copy.
+        exchange: False computes each rank's loss without the other.
+        ranked: False gives both ranks the number 0.
+        prepare: called with each rank's copy and its number.
     """
-    barrier, held, n = threading.Barrier(2), [torch.empty(0)] * 2, len(x)
+    barrier, exchanged, n = threading.Barrier(2), [torch.empty(0)] * 2, len(x)
     copies = [copy.deepcopy(model) for _ in range(2)]
 
     def run(rank: int) -> dict[str, Tensor]:
         own, rows = copies[rank], range(rank * n // 2, (rank + 1) * n // 2)
 
         def both(values: Tensor) -> list[Tensor]:
-            held[rank] = values
-            barrier.wait(_PATIENCE)
-            found = [*held]
-            barrier.wait(_PATIENCE)
+            exchanged[rank] = values
+            barrier.wait(_TIMEOUT_S)
+            found = [*exchanged]
+            barrier.wait(_TIMEOUT_S)
             return found
 
         if exchange:

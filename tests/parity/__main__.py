@@ -1,11 +1,11 @@
-"""Compare models with code that others wrote, and write what was found to docs/parity.md.
+"""Compare models with reference implementations, and write the results to docs/parity.md.
 
     python tests/parity --environment .venv-parity     make an environment with the references
     .venv-parity/bin/python tests/parity --run         run all comparisons there, then write the page
     python tests/parity                                write the page from tests/parity.json
 
-The environment sees the packages of the one that makes it. References are installed without what they ask for, since
-several ask for older versions than they run with; dependencies.txt lists what they need besides.
+The environment can import the packages of the one that makes it. References are installed without their dependencies,
+since several require older versions than they run with; dependencies.txt lists what they need besides.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_environment(folder: Path) -> None:
     venv.create(folder, with_pip=True, clear=True)
     python = folder / "bin" / "python"
     site = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    # after the environment's own
+    # sorted after the environment's own packages
     Path(site, "zz_base.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     install = [python, "-m", "pip", "install", "-q"]
     subprocess.run([*install, "--no-deps", "-r", HERE / "references.txt"], check=True)
@@ -55,7 +55,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The page: counts, and a table of models with a line for each part of a reference and kind of verdict."""
+    """The page: counts, and a table of models with a row for each part of a reference and kind of verdict."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["model"], row["reference"], row["part"], row["verdict"], row["reason"]].append(row)
@@ -91,7 +91,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what is asked for; the exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python tests/parity", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--environment", type=Path, metavar="DIR", help="make an environment with the references there")
     parser.add_argument("--run", action="store_true", help="run all comparisons first")

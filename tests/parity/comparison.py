@@ -1,6 +1,6 @@
-"""Comparisons of a model with code that others wrote, on equal weights, batch and noise, in float64.
+"""Comparisons of a model with a reference implementation, on equal weights, batch and noise, in float64.
 
-A comparison keeps a row for each quantity: its name, the greatest difference relative to the greatest value, and the
+A comparison keeps a row for each quantity: its name, the largest difference relative to the largest value, and the
 verdict. `python tests/parity` writes the rows of all comparisons to docs/parity.md.
 """
 
@@ -15,24 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# relative, in float64
+# relative tolerance in float64
 TOLERANCE = 1e-6
-# by which quantities must differ that are said to deviate
+# least relative difference of quantities that deviate
 DEVIATION = 1e-4
-# below which a gradient counts as none, relative to the greatest of all parameters
+# gradients smaller than this, relative to the largest of all parameters, are taken as 0
 _ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
 class Row:
-    """A quantity of a model beside that of a reference.
+    """A quantity of a model compared with that of a reference.
 
     Attributes:
         model: name in the registry.
         reference: distribution and version, such as `pythae 0.1.2`.
         part: the class or function of the reference.
         quantity: what was compared.
-        difference: greatest absolute difference by the greatest absolute value of the reference, after `scale`.
+        difference: largest absolute difference divided by the largest absolute value of the reference, after `scale`.
         verdict: `equal`, `scaled` or `deviates`.
         reason: why it is scaled or deviates, and which of the two follows the paper.
     """
@@ -47,7 +47,7 @@ class Row:
 
 
 def relative_difference(ours: Any, theirs: Any) -> float:
-    """The greatest absolute difference by the greatest absolute value of `theirs`.
+    """The largest absolute difference divided by the largest absolute value of `theirs`.
 
     Raises:
         AssertionError: the shapes differ, or a value is not finite.
@@ -59,11 +59,11 @@ def relative_difference(ours: Any, theirs: Any) -> float:
 
 
 class Comparison:
-    """Rows of one model beside one part of a reference.
+    """Rows of one model compared with one part of a reference.
 
     Args:
         model: name in the registry.
-        package: distribution of the reference on the registry of packages.
+        package: PyPI name of the reference.
         part: the class or function compared with.
     """
 
@@ -75,19 +75,19 @@ class Comparison:
         self.rows.append(Row(self.model, self.reference, self.part, quantity, difference, verdict, reason))
 
     def equal(self, quantity: str, ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
-        """Both are the same number or array."""
+        """Assert that both are the same number or array."""
         difference = relative_difference(ours, theirs)
         assert difference <= tolerance, f"{quantity}: {difference:.3g} apart, {ours} and {theirs}"
         self._keep(quantity, difference, "equal")
 
     def scaled(self, quantity: str, ours: Any, theirs: Any, scale: float, reason: str) -> None:
-        """Ours is `scale` times theirs, for the reason given."""
+        """Assert that ours is `scale` times theirs, for the reason given."""
         difference = relative_difference(ours, scale * torch.as_tensor(theirs).detach())
         assert difference <= TOLERANCE, f"{quantity}: {difference:.3g} apart after the scale {scale:g}"
         self._keep(quantity, difference, "scaled", f"{scale:g} times theirs: {reason}")
 
     def deviates(self, quantity: str, ours: Any, theirs: Any, reason: str, *, follows: str) -> None:
-        """Both differ, for the reason given; `follows` names what follows the paper: ours, theirs, both or neither."""
+        """Assert that they differ; `follows` says which agrees with the paper: ours, theirs, both or neither."""
         assert follows in ("ours", "theirs", "both", "neither"), follows
         difference = relative_difference(ours, theirs)
         assert difference >= DEVIATION, f"{quantity}: said to deviate, but only {difference:.3g} apart"
@@ -103,14 +103,14 @@ class Comparison:
         scale: float = 1.0,
         reason: str = "",
     ) -> None:
-        """Gradients of both losses by each pair of parameters are equal, or ours are `scale` times theirs.
+        """Assert that the gradients of both losses are equal for each pair of parameters, or ours `scale` times theirs.
 
-        A parameter that one loss does not reach is one that the other may not reach either.
+        A parameter without a gradient in one loss must not have one in the other.
         """
         left, right = zip(*pairs, strict=True)
         grads = [torch.autograd.grad(loss, of, retain_graph=True, allow_unused=True)
                  for loss, of in ((ours, left), (theirs, right))]  # fmt: skip
-        # some vanish in exact arithmetic, and by rounding on some processors only
+        # some are 0 in exact arithmetic, and nonzero by rounding on some processors
         least = [_ROUNDING * max((float(g.abs().max()) for g in side if g is not None), default=0.0) for side in grads]
         differences = []
         for found, other in zip(*grads, strict=True):
@@ -118,7 +118,7 @@ class Comparison:
             reached = [g is not None and float(g.abs().max()) > zero for g, zero in pair]
             assert reached[0] == reached[1], f"{quantity}: only one of the losses reaches a parameter"
             if all(reached):
-                # each by its own greatest gradient: a small one must not hide behind a large one
+                # relative to each parameter's own largest gradient, so that small ones are compared, too
                 differences.append(relative_difference(found.reshape(other.shape), scale * other))
         assert differences, f"{quantity}: no parameter is reached"
         assert max(differences) <= TOLERANCE, f"{quantity}: {max(differences):.3g} apart"
@@ -127,12 +127,12 @@ class Comparison:
         self._keep(f"{quantity} of {len(differences)} parameters", max(differences), verdict, reason)
 
     def record(self) -> list[dict[str, Any]]:
-        """The rows for JSON."""
+        """The rows as dicts, for JSON."""
         return [asdict(row) for row in self.rows]
 
 
 def copy_parameters(source: nn.Module, target: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Copy parameters in their order, whose shapes may differ by axes of length 1; gives the pairs, source first."""
+    """Copy parameters in order, up to axes of length 1 in their shapes, and return the pairs, source first."""
     pairs = [*zip(source.parameters(), target.parameters(), strict=True)]
     for a, b in pairs:
         b.data.copy_(a.detach().reshape(b.shape))
@@ -141,7 +141,7 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> list[tuple[Tensor, 
 
 @contextmanager
 def seeded(seed: int = 0) -> Iterator[None]:
-    """The same random numbers for ours and theirs, where both draw the same shapes in the same order."""
+    """Seed torch, so that ours and theirs draw the same numbers if both draw the same shapes in the same order."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -149,7 +149,7 @@ def seeded(seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def taken(draws: Iterable[Tensor]) -> Iterator[Callable[[Any], Tensor]]:
-    """A function that gives the first of the draws that is left of a shape; inside, all of them are to be taken."""
+    """A function that returns the next unused draw of a shape; on exit, all of them must have been used."""
     left = list(draws)
 
     def take(shape: Any) -> Tensor:
@@ -163,13 +163,13 @@ def taken(draws: Iterable[Tensor]) -> Iterator[Callable[[Any], Tensor]]:
 
 
 def shape_of(arguments: tuple[Any, ...]) -> Any:
-    """The shape that `torch.randn` or `torch.rand` is given, as one argument or as one for each axis."""
+    """The shape passed to `torch.randn` or `torch.rand`, as one argument or as one for each axis."""
     return arguments if isinstance(arguments[0], int) else arguments[0]
 
 
 @contextmanager
 def noise(draws: Iterable[Tensor]) -> Iterator[None]:
-    """`torch.randn` and `torch.randn_like` give `draws`."""
+    """Make `torch.randn` and `torch.randn_like` return `draws`."""
     with (
         taken(draws) as take,
         mock.patch("torch.randn", lambda *shape, **_: take(shape_of(shape))),

@@ -1,4 +1,4 @@
-"""Parity with code that others wrote: collected with `--parity FILE`, see CONTRIBUTING.md."""
+"""Comparisons with reference implementations: collected with `--parity FILE`, see CONTRIBUTING.md."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from comparison import Comparison  # noqa: E402
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The references are no dependency of the other tests."""
+    """Other test runs do not need the references."""
     return None if config.getoption("--parity") or collection_path.name == "parity" else True
 
 
@@ -22,7 +22,7 @@ def _float64() -> Iterator[None]:
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    # the references' own
+    # warnings of the references
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -31,7 +31,7 @@ def _float64() -> Iterator[None]:
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, str], Comparison]]:
-    """`compare(model, package, part)`: a comparison whose rows are kept if the test passes."""
+    """`compare(model, package, part)`, a comparison whose rows are kept if the test passes."""
     made: list[Comparison] = []
 
     def begin(model: str, package: str, part: str) -> Comparison:
@@ -41,6 +41,6 @@ def compare(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, str]
     failed = request.session.testsfailed
     yield begin
     if request.session.testsfailed == failed:
-        assert made and all(comparison.rows for comparison in made), "the test has compared nothing"
+        assert made and all(comparison.rows for comparison in made), "the test has no comparison"
         for comparison in made:
             request.node.user_properties.append(("parity", comparison.record()))

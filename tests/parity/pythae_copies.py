@@ -2,7 +2,7 @@
 
 Source: https://github.com/clementchadebec/benchmark_VAE
 
-pythae leaves the constant of a Gaussian's density out. Where the quantity is named "without constant", ours is compared
+pythae leaves out the constant of a Gaussian's density. Where the quantity is named "without constant", ours is compared
 without it. Variances that ours clamps to keep them finite lie inside the interval here.
 """
 
@@ -21,13 +21,13 @@ import aezoo
 
 SHAPE, LATENT, BATCH = (1, 4, 4), 3, 7
 LOSSES = {"bernoulli": "bce", "gaussian:1": "mse"}
-# theirs have no other loss than the squared error
+# models whose only loss is the squared error
 PLAIN = ("AE", "WAE_MMD", "RAE_L2", "RAE_GP", "VQVAE")
 Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Encoder(BaseEncoder):
-    """A copy of our encoder, and a map of its output to what pythae expects."""
+    """A copy of our encoder, with its output mapped to what pythae expects."""
 
     def __init__(self, encoder: nn.Module, head: Callable[[Tensor], dict[str, Tensor]]) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Encoder(BaseEncoder):
 
 
 class Decoder(BaseDecoder):
-    """A copy of our decoder, and a map of its output to what pythae expects."""
+    """A copy of our decoder, with its output mapped to what pythae expects."""
 
     def __init__(self, decoder: nn.Module, head: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Decoder(BaseDecoder):
 
 
 class Discriminator(BaseDiscriminator):
-    """Copies of the layers of our discriminator, the last of which gives a logit; pythae takes probabilities."""
+    """Copies of the layers of our discriminator, which returns a logit; pythae expects a probability."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -130,6 +130,6 @@ def equal_log_likelihood(row: Comparison, model: Any, other: Any, x: Tensor, n: 
 
 
 def nll_of(other: Any, x: Tensor, n: int, *draws: Tensor) -> float:
-    """Their log-likelihood of one sample, which they call nll."""
+    """Their log-likelihood of one sample, which they name nll."""
     with noise(draws):
         return float(other.get_nll(x[None], n_samples=n, batch_size=n))

@@ -1,4 +1,4 @@
-"""Sparse autoencoders for the comparisons: away from their start, with latents that are dead."""
+"""Sparse autoencoders for the comparisons, with parameters that differ from their initial values, and dead latents."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ DEAD_AFTER = 1000
 
 
 def build(name: str, shape: tuple[int, ...] = (X,), **settings: Any) -> Any:
-    """A model in training whose parameters, not only biases, differ from their initial values."""
+    """A model in training mode with random offsets added to all parameters."""
     model = aezoo.create_model(name, shape, latent_dim=N, **settings).double().train()
     with torch.no_grad():
         for p in model.parameters():
@@ -25,7 +25,7 @@ def build(name: str, shape: tuple[int, ...] = (X,), **settings: Any) -> Any:
 
 
 def with_dead(name: str, dead: Tensor = DEAD, **settings: Any) -> Any:
-    """All others outrank the dead ones, of whose pre-activations some are positive; they die before the next batch."""
+    """A model whose live latents outrank the dead ones, of which some are positive; they are dead at the next batch."""
     model = build(name, dead_after=DEAD_AFTER, **settings)
     with torch.no_grad():
         model.encoder.bias.fill_(8)
@@ -35,7 +35,7 @@ def with_dead(name: str, dead: Tensor = DEAD, **settings: Any) -> Any:
 
 
 def sum_prefixes(model: Any) -> Any:
-    """A matryoshka_sae with the sum of the paper for its mean, as in both packages, and without the empty prefix."""
+    """A matryoshka_sae with the sum of the paper instead of the mean and without the empty prefix, as both packages."""
     mean_loss = model.loss
 
     def loss(x: Tensor) -> dict[str, Tensor]:
@@ -57,5 +57,5 @@ def data(n: int = 7, shape: tuple[int, ...] = (X,)) -> Tensor:
 
 
 def without_constant(nll: Tensor, dimensions: int = X) -> Tensor:
-    """Of -log p of a Gaussian of variance 1/2, the squared error."""
+    """The squared error: -log p of a Gaussian of variance 1/2 without its constant."""
     return nll - dimensions / 2 * math.log(math.pi)

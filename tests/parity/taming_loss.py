@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Distance(nn.Module):
-    """Our feature distance in place of LPIPS, whose weights are not on the registry."""
+    """Our feature distance in place of LPIPS, whose weights need a download."""
 
     def __init__(self, distance: Any) -> None:
         super().__init__()

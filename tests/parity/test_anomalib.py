@@ -1,4 +1,4 @@
-"""Detectors of anomalib (Akcay et al. 2022): GANomaly, by an author of the paper, and those on frozen features.
+"""Anomaly detectors of anomalib (Akcay et al. 2022): GANomaly, by an author of the paper, and those on frozen features.
 
 Source: https://github.com/open-edge-platform/anomalib
 """
@@ -19,7 +19,7 @@ D, CODE, BATCH = 6, 3, 8
 
 
 def losses() -> Any:
-    """Its module of losses only, which needs nothing but torch: the package loads all models and what they need."""
+    """The module of losses alone, which needs only torch; the package imports all models and their dependencies."""
     path = metadata.distribution("anomalib").locate_file("anomalib/models/image/ganomaly/loss.py")
     spec = importlib.util.spec_from_file_location("anomalib_ganomaly_loss", str(path))
     assert spec is not None and spec.loader is not None
@@ -37,7 +37,7 @@ def test_losses_of_generator_and_discriminator(compare):
     z = other.encoder(x)
     back = other.decoder(z)
     again = other.second_encoder(back)
-    assert (z - again).abs().max() < 1, "beyond 1, theirs is linear"
+    assert (z - again).abs().max() < 1, "above 1, theirs is linear"
     frozen = copy.deepcopy(other.discriminator).requires_grad_(False)
     real, fake = (frozen(images) for images in (x, back))
     row = compare("ganomaly", "anomalib", "GeneratorLoss")
@@ -73,11 +73,11 @@ IMAGES = "anomalib/models/image"
 
 
 def module_of(path: str, **imported: dict[str, Any]) -> Any:
-    """A file of the package without the package, whose other parts need what is not installed.
+    """A file of the package without the rest of the package, whose dependencies are not installed.
 
     Args:
         path: the file.
-        **imported: what stands in for its imports, names by the last part of a module's name.
+        **imported: replacements of its imports: names by the last part of a module's name.
     """
     stubs: dict[str, Any] = {}
     for name in ("anomalib", "anomalib.data", "anomalib.models", "anomalib.models.components", "anomalib.utils"):
@@ -138,7 +138,7 @@ def test_padim_matches_multivariate_gaussian(compare):
 
 
 class Plain:
-    """Stands in for a mixin that only loads buffers."""
+    """Replaces a mixin that only loads buffers."""
 
 
 def test_patchcore_matches_greedy_coreset(compare):
@@ -163,7 +163,7 @@ def test_student_teacher_matches_loss_and_map(compare):
     model, x = frozen("student_teacher")
     loss, maps = (module_of(f"{IMAGES}/stfpm/{name}.py") for name in ("loss", "anomaly_map"))
     with torch.no_grad():
-        # where all features are 0, directions are not defined
+        # cosine similarities are undefined where all features are 0
         for net in (model.backbone, model.student):
             for p in net.parameters():
                 if p.ndim == 1:
@@ -195,7 +195,7 @@ def test_reverse_distillation_matches_loss_of_one_place_and_map(compare):
 
 
 class Unblurred(torch.nn.Module):
-    """Stands in for the filter, which comes from kornia; ours is compared with SciPy's."""
+    """Replaces the filter of kornia; ours is compared with SciPy's."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()

@@ -18,12 +18,12 @@ import aezoo
 
 
 def loss_of_careamics() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Its `n2v_loss`, from a module that needs nothing else for it; the package loads readers of microscopes."""
+    """Its `n2v_loss` from its module alone, since the package imports readers of microscopy formats."""
     path = metadata.distribution("careamics").locate_file("careamics/losses/n2v_losses.py")
     spec = importlib.util.spec_from_file_location("careamics_n2v_losses", str(path))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # of another loss of the module
+    # imports that another loss of the module needs
     names = ("careamics", "careamics.models", "careamics.models.lvae", "careamics.models.lvae.noise_models")
     with mock.patch.dict(sys.modules, dict.fromkeys(names, mock.MagicMock())):
         spec.loader.exec_module(module)

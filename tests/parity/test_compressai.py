@@ -1,8 +1,8 @@
-"""Models of compressai made of its own layers, on copies of our weights (Bégaint et al. 2020).
+"""Models of compressai, from its own layers with parameters computed from ours (Bégaint et al. 2020).
 
-Its layers take parameters that are functions of ours, and gradients pass through these: GDN takes the roots of beta and
-gamma, the entropy bottleneck f(v - m) - f(0) as f with other biases, masked convolutions the weights after the mask,
-and the Gaussians scales instead of raw ones.
+Parameters of its layers are functions of ours, through which gradients pass: GDN takes the roots of beta and gamma, the
+entropy bottleneck f(v - m) - f(0) as f with other biases, masked convolutions the weights after the mask, and the
+Gaussians scales instead of raw scales.
 
 Source: https://github.com/InterDigitalInc/CompressAI
 """
@@ -30,7 +30,7 @@ from aezoo.nets.blocks.context import Context
 from aezoo.nets.gdn import GDN
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of torch_geometric, which it imports
+    warnings.simplefilter("ignore")  # warnings of torch_geometric, which it imports
     from compressai import latent_codecs, layers, models
     from compressai.entropy_models import EntropyBottleneck, GaussianConditional, GaussianMixtureConditional
     from compressai.losses import RateDistortionLoss
@@ -43,7 +43,7 @@ UNITS = "nats per sample instead of bits per pixel"
 
 
 def scale_of(raw: Tensor) -> Tensor:
-    """The scale that ours makes of a raw one, up to 256; theirs takes it as it is."""
+    """Our scale of a raw value, which is below 256 here; theirs takes the scale itself."""
     return 0.11 + F.softplus(raw)
 
 
@@ -51,7 +51,7 @@ def scale_of(raw: Tensor) -> Tensor:
 
 
 class Raw(nn.Module):
-    """Scales, or scales and means, of a network that gives means and raw scales."""
+    """Scales, or scales and means, of a network that returns means and raw scales."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Raw(nn.Module):
 
 
 class EntropyParameters(nn.Module):
-    """Our network at each place; it takes channels in the order of ours, `order` gives them from theirs."""
+    """Our network at each position; `order` permutes channels from their order to ours."""
 
     def __init__(self, context: Context, order: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class EntropyParameters(nn.Module):
 
 
 class Gained(nn.Module):
-    """The hyper-encoder of the code times its gains."""
+    """The hyper-encoder applied to the code times its gains."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Gained(nn.Module):
 
 
 class Cumulative(nn.Module):
-    """f of an entropy bottleneck, (C, 1, N) -> (C, 1, N)."""
+    """The function f of an entropy bottleneck, (C, 1, N) -> (C, 1, N)."""
 
     def __init__(self, bottleneck: EntropyBottleneck) -> None:
         super().__init__()
@@ -105,12 +105,12 @@ def bottleneck(channels: int) -> EntropyBottleneck:
 
 
 def gaussians() -> GaussianConditional:
-    """Without the least likelihood, see the test of this class."""
+    """Without a lower bound of the likelihood, which has its own test."""
     return GaussianConditional(None, likelihood_bound=0)
 
 
 def gdn_transforms() -> tuple[nn.Module, nn.Module]:
-    """Their layers of net gdn."""
+    """Their layers that correspond to our net gdn."""
     down = nn.Sequential(conv(SHAPE[0], WIDTH), layers.GDN(WIDTH), conv(WIDTH, WIDTH), nn.Conv2d(WIDTH, CODE, 1))
     up = nn.Sequential(
         nn.Conv2d(CODE, WIDTH, 1), deconv(WIDTH, WIDTH), layers.GDN(WIDTH, inverse=True), deconv(WIDTH, SHAPE[0])
@@ -119,7 +119,7 @@ def gdn_transforms() -> tuple[nn.Module, nn.Module]:
 
 
 def residual_transforms() -> tuple[nn.Module, nn.Module]:
-    """Their layers of `cheng2020` without attention."""
+    """Their layers that correspond to `cheng2020` without attention."""
     down = nn.Sequential(
         layers.ResidualBlockWithStride(SHAPE[0], WIDTH),
         layers.ResidualBlock(WIDTH, WIDTH),
@@ -138,7 +138,7 @@ def residual_transforms() -> tuple[nn.Module, nn.Module]:
 
 
 def of_layers(prefix: str, theirs: nn.Module, ours: nn.Module) -> dict[str, Tensor]:
-    """Parameters of their layers from ours, which come in the same order."""
+    """Parameters of their layers computed from ours, which have the same order."""
     found = {}
     for (name, its), p in zip(theirs.named_parameters(), ours.parameters(), strict=True):
         if name.endswith("beta"):
@@ -150,7 +150,7 @@ def of_layers(prefix: str, theirs: nn.Module, ours: nn.Module) -> dict[str, Tens
 
 
 def of_density(prefix: str, theirs: EntropyBottleneck, density: Any) -> dict[str, Tensor]:
-    """Parameters with which theirs is our density: the first bias moves f by the median, the last one by -f(0)."""
+    """Parameters that make theirs our density: the first bias shifts f by the median, the last one by -f(0)."""
     median, n = density.median_C[:, None, None], len(density.weights)
     found = {f"matrices.{i}": density.weights[i] for i in range(n)}
     found |= {f"factors.{i}": density.bends[i] for i in range(n - 1)}
@@ -164,16 +164,16 @@ def of_density(prefix: str, theirs: EntropyBottleneck, density: Any) -> dict[str
 
 
 def of_context(prefix: str, context: Context) -> dict[str, Tensor]:
-    """Their masked taps are set to 0 before each use, so that gradients by them never take effect; ours are masked."""
+    """Theirs sets masked weights to 0 before each use, so their gradients have no effect; ours are masked."""
     weight = context.weight * context.kernel_mask
     return {f"{prefix}context_prediction.weight": weight, f"{prefix}context_prediction.bias": context.bias}
 
 
 class Theirs:
-    """One of their models, with parameters from a copy of ours.
+    """One of their models, with parameters computed from a copy of ours.
 
     Attributes:
-        copy: our model, whose parameters those of theirs are functions of.
+        copy: our model, of which their parameters are functions.
         other: their model.
         given: parameters of theirs, by name.
     """
@@ -182,12 +182,12 @@ class Theirs:
         self.copy, self.other, self.given = copy.deepcopy(model), other, {}
 
     def share(self, **parts: tuple[nn.Module, nn.Module]) -> None:
-        """Give parts, named with __ for a dot, parameters of ours that come in the same order."""
+        """Give parts, named with __ for a dot, parameters computed from ours in the same order."""
         for name, (theirs, ours) in parts.items():
             self.given |= of_layers(name.replace("__", "."), theirs, ours)
 
     def check_and_fill(self) -> "Theirs":
-        """All of their parameters are given; keep the values in their model, too, for calls other than `forward`."""
+        """Check that all of their parameters are given, and copy them to their model for calls other than `forward`."""
         named = dict(self.other.named_parameters())
         assert named.keys() == self.given.keys(), named.keys() ^ self.given.keys()
         for name, p in named.items():
@@ -206,28 +206,28 @@ class Theirs:
 
 @contextmanager
 def our_noise(*draws: Tensor) -> Iterator[None]:
-    """`torch.rand` gives these, moved by 1/2."""
+    """Make `torch.rand` return these plus 1/2."""
     with taken(draws) as take, mock.patch("torch.rand", lambda *shape, **_: take(shape_of(shape)) + 0.5):
         yield
 
 
 @contextmanager
 def their_noise(*draws: Tensor) -> Iterator[None]:
-    """`Tensor.uniform_` gives these."""
+    """Make `Tensor.uniform_` return these."""
     with taken(draws) as take, mock.patch.object(Tensor, "uniform_", lambda self, *_: take(self.shape)):
         yield
 
 
 def of_bottleneck(draw: Tensor) -> Tensor:
-    """A draw as the entropy bottleneck takes it, channels first."""
+    """A draw in the layout of the entropy bottleneck, channels first."""
     return draw.transpose(0, 1).reshape(draw.shape[1], 1, -1)
 
 
-# ---- our models beside theirs ----------------------------------------------------------------------------------------
+# ---- our models and theirs -------------------------------------------------------------------------------------------
 
 
 def ours(name: str, **settings: Any) -> Any:
-    """A model away from where it starts: codes of several steps, means and medians that are not 0."""
+    """A model with offsets added to its parameters: codes of several steps, and means and medians other than 0."""
     known = aezoo.registry.hyperparameters(name)
     given = {"hidden_dims": (WIDTH, WIDTH), "latent_dim": CODE, "hyper_dim": SIDE, "hyper_hidden_dims": (5,)}
     given |= {"lam": LAM, "groups": GROUPS, "attention": False} | settings
@@ -241,7 +241,7 @@ def ours(name: str, **settings: Any) -> Any:
 
 
 def hyperprior(model: Any, other: Any, down: nn.Module, up: nn.Module) -> Theirs:
-    """Put transforms and the networks of the side information into a model that has all of them itself."""
+    """Put transforms and side information networks into a model that contains all of them itself."""
     other.g_a, other.g_s, other.entropy_bottleneck = down, up, bottleneck(len(model.density.median_C))
     found = Theirs(model, other)
     mine = found.copy
@@ -271,7 +271,7 @@ def codec(channels: int, context: Context, entropy_parameters: nn.Module) -> lat
 
 
 def in_codecs(model: Any, part: latent_codecs.LatentCodec) -> Theirs:
-    """A model of latent codecs, the one of the code given; those of its parts are still to be shared."""
+    """A model of latent codecs with the given codec of the code; parameters of its parts are shared later."""
     other = models.base.SimpleVAECompressionModel()
     other.g_a, other.g_s = copy.deepcopy(model.encoder), copy.deepcopy(model.decoder)
     hyper = latent_codecs.HyperLatentCodec(
@@ -292,7 +292,7 @@ def in_codecs(model: Any, part: latent_codecs.LatentCodec) -> Theirs:
 
 def checkerboard(model: Any) -> Theirs:
     context = model.contexts[0]
-    # theirs: context, side information; ours the other way round
+    # the order in theirs is context, side information, and in ours the reverse
     fuse = EntropyParameters(context, lambda joined: joined.roll(-2 * CODE, 1))
     found = in_codecs(model, codec(CODE, context, fuse))
     found.share(latent_codec__y__entropy_parameters=(fuse, found.copy.contexts[0].fuse))
@@ -301,7 +301,7 @@ def checkerboard(model: Any) -> Theirs:
 
 
 def elic(model: Any) -> Theirs:
-    """Theirs: context of places, of groups, side information; ours the other way round."""
+    """The order in theirs is spatial context, channel context, side information, and in ours the reverse."""
 
     def order(size: int, first: bool) -> Callable[[Tensor], Tensor]:
         sizes = [2 * size, 2 * CODE] if first else [2 * size, 2 * size, 2 * CODE]
@@ -323,7 +323,7 @@ def elic(model: Any) -> Theirs:
 
 
 def gained(model: Any) -> Theirs:
-    """Theirs has gains of z, too, here 1; its hyper-encoder takes the code before the gains, ours after them."""
+    """Theirs also has gains of z, here 1; its hyper-encoder reads the code before the gains, ours after them."""
     part = latent_codecs.GaussianConditionalLatentCodec(None, gaussians())
     hyper = latent_codecs.GainHyperLatentCodec(bottleneck(SIDE), Gained(model.hyper_encoder), Raw(model.hyper_decoder))
     found = Theirs(model, latent_codecs.GainHyperpriorLatentCodec({"y": part, "hyper": hyper}))
@@ -361,9 +361,9 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def compare_losses(with_reference: Any, model: Any, found: dict[str, Tensor], output: Any, x: Tensor) -> Tensor:
-    """Both losses and their terms; gives theirs."""
+    """Compare both losses and their terms, and return theirs."""
     expected = RateDistortionLoss(LAM)(output, x)
-    constant = x[0].numel() / 2 * math.log(math.pi)  # of the likelihood
+    constant = x[0].numel() / 2 * math.log(math.pi)  # constant of the likelihood
     with_reference.equal("bpp", found["bpp"], expected["bpp_loss"])
     with_reference.equal("mse", (found["nll"] - constant) / x[0].numel(), expected["mse_loss"])
     ours_without = found["loss"] - model.weight * constant
@@ -383,7 +383,7 @@ def test_compression_losses_in_training(compare, name):
         u_z = torch.rand(3, *model.z_shape) - 0.5
         mine, its = [u_z, u_y], [of_bottleneck(u_z), u_y]
     if name in AUTOREGRESSIVE:
-        its.append(u_y)  # theirs draws once for the context and again for the rate
+        its.append(u_y)  # theirs draws noise for the context and again for the rate
     if name in IN_PLACES:
         parts = u_y.split(GROUPS, 1) if name == "elic" else [u_y]
         mine = [u_z, *(u.flatten(2)[..., at] for u in parts for at in (model.anchors, model.others))]
@@ -410,7 +410,7 @@ def test_compression_losses_in_evaluation(compare, name):
     model = ours(name, **settings_of(name)).eval()
     other, x = theirs(name, model), torch.rand(3, *SHAPE)
     for part in checkerboards(other.other):
-        part.forward_method = "twopass"  # what their coder does, too
+        part.forward_method = "twopass"  # as in their coder
     seen = []
     other.other.g_s.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     output = other.other.eval()(x)
@@ -423,7 +423,7 @@ def test_compression_losses_in_evaluation(compare, name):
 
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)
 def test_codes_place_after_place(compare, name):
-    """Their coder; their `forward` gives the context round(y), other than their coder."""
+    """Compared with their coder; their `forward` gives the context round(y), which their coder does not."""
     model = ours(name, **settings_of(name)).eval()
     other, x = theirs(name, model).other.eval(), torch.rand(3, *SHAPE)
     other.update(force=True)
@@ -491,7 +491,7 @@ def test_factorised_density(compare):
     low, high = torch.full((2, CODE, 1, 1), 50.0) * torch.tensor([-1, 1]).view(2, 1, 1, 1)
     found = its._search_target(Cumulative(its), torch.zeros(()), low, high, 0, 1e-12)
     with_reference.equal("medians", median_C, found[:, 0, 0])
-    # ours has no second loss, whose least value theirs has there
+    # theirs has a second loss, which is minimal at the medians
     at_median = Cumulative(its)(median_C[:, None, None])
     with_reference.equal("probabilities below the medians", torch.full((CODE, 1, 1), 0.5), at_median.sigmoid())
     # the tails of our tables

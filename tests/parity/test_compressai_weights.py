@@ -1,4 +1,4 @@
-"""Models of compressai as `aezoo import` reads them: losses, codes, tables and strings (Bégaint et al. 2020).
+"""Models of compressai imported with `aezoo import`: losses, codes, tables and strings (Bégaint et al. 2020).
 
 Source: https://github.com/InterDigitalInc/CompressAI
 """
@@ -23,7 +23,7 @@ from aezoo.nets.blocks.compressai import ARCHITECTURES, GDN, passes_bound
 from aezoo.tasks.codec import rans
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of torch_geometric, which it imports
+    warnings.simplefilter("ignore")  # warnings of torch_geometric, which it imports
     from compressai.entropy_models import entropy_models
     from compressai.losses import RateDistortionLoss
     from compressai.models import FactorizedPriorReLU
@@ -35,7 +35,7 @@ Compare = Callable[[str, str, str], Comparison]
 
 
 def theirs(name: str, width: float) -> Any:
-    """A model of compressai away from where it starts, with codes of some width, and tables narrower than wide ones."""
+    """A model of compressai with random offsets, codes of a given width, and tables that do not cover wide codes."""
     torch.manual_seed(0)
     net: Any = KINDS[name](8) if "cheng" in name else KINDS[name](8, 12)
     with torch.no_grad():
@@ -75,19 +75,19 @@ def pairs(model: Any, net: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def noise(v: Tensor) -> Tensor:
-    """The same for a number wherever it stands, and whether it is alone: theirs draws several times."""
+    """A function of the value, since theirs draws noise several times."""
     return (v.detach() * 1e4).sin() / 2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_losses_of_imported_models_in_training(compare: Compare, name: str, tmp_path: Path) -> None:
-    net = theirs(name, 1)  # their probabilities of wide codes are 0
+    net = theirs(name, 1)  # wide codes have a probability of 0 in theirs
     model, x = imported(net, tmp_path).double().train(), torch.rand(2, *SHAPE)
     net.double().train()
-    for layer in (layer for layer in model.modules() if isinstance(layer, GDN)):  # which here happens before a step
+    for layer in (layer for layer in model.modules() if isinstance(layer, GDN)):  # ours bounds gradients before steps
         for root, bound in layer.bounded():
             root.register_hook(lambda gradient, root=root, bound=bound: gradient * passes_bound(root, gradient, bound))
-    if hasattr(net, "context_prediction"):  # the mask sets weights to 0 there after a step, and gradients here
+    if hasattr(net, "context_prediction"):  # theirs sets masked weights to 0 after a step, ours masks their gradients
         net.context_prediction.weight.register_hook(lambda gradient: gradient * net.context_prediction.mask)
 
     def quantised(_: Any, inputs: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def test_losses_of_imported_models_in_training(compare: Compare, name: str, tmp_
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(entropy_models.EntropyModel, "quantize", quantised))
         stack.enter_context(mock.patch.object(AdditiveNoise, "transform", lambda _, v, law=None: v + noise(v)))
-        for part in net.modules():  # ours has no floor of likelihoods
+        for part in net.modules():  # ours has no lower bound of likelihoods
             if isinstance(part, entropy_models.EntropyModel):
                 part.use_likelihood_bound = False
         found, output = model.loss(x), net(x)
@@ -118,7 +118,7 @@ def test_losses_of_imported_models_in_training(compare: Compare, name: str, tmp_
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_strings_of_imported_models(compare: Compare, name: str, tmp_path: Path) -> None:
-    """In float32, as files are, and to the last bit: strings, tables, and pictures from the strings of the other."""
+    """In float32, as in files, exactly equal: strings, tables, and images decoded from the other's strings."""
     torch.set_default_dtype(torch.float32)
     net = theirs(name, 20)
     model, x = imported(net, tmp_path), torch.rand(1, *SHAPE)

@@ -19,7 +19,7 @@ MEANS = "theirs is a mean over the values of a sample, ours a sum"
 
 
 def ours(name: str, shape: tuple[int, ...], **settings: Any) -> Any:
-    """A model away from its initial weights."""
+    """A model with random offsets added to its initial weights."""
     model = aezoo.create_model(name, shape, width=5, **settings).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -35,7 +35,7 @@ def test_residual_network_and_its_squared_error(compare, shape, depth):
     pairs = []
     for a, b in zip(layers, (theirs.in_conv, *theirs.conv_list, theirs.out_conv), strict=True):
         for p, other in zip(a.parameters(), b.parameters(), strict=True):
-            other.data.copy_(-p if a is layers[-1] else p)  # theirs adds what ours subtracts
+            other.data.copy_(-p if a is layers[-1] else p)  # theirs adds the noise estimate, ours subtracts it
             pairs.append((p, other))
     x = torch.rand(4, *shape)
     torch.manual_seed(3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import aezoo
 
-with warnings.catch_warnings():  # of packages that it imports
+with warnings.catch_warnings():  # warnings of packages that it imports
     warnings.simplefilter("ignore")
     from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew
     from dictionary_learning.grad_pursuit import grad_pursuit
@@ -31,7 +31,7 @@ with warnings.catch_warnings():  # of packages that it imports
 
 PACKAGE = "dictionary-learning"
 LR = 1e-2
-# how theirs are called, and which are transposed
+# their names of our parameters
 NAMES = {
     "decoder.W_NX": ("decoder.weight", "W_dec"), "decoder.b_X": ("bias", "decoder_bias", "b_dec", "decoder.bias"),
     "encoder.weight": ("encoder.weight", "W_enc"), "encoder.bias": ("gate_bias", "encoder.bias", "b_enc"),
@@ -41,7 +41,7 @@ TRANSPOSED = ("decoder.weight", "W_enc")
 
 
 def theirs(trainer: Callable[..., Any], model: Any, **settings: Any) -> tuple[Any, dict[str, str]]:
-    """Their trainer with our weights, and the names of its parameters for those of ours."""
+    """Their trainer with our weights, and their parameter names by our names."""
     d_in = model.encoder.weight.shape[1]
     given = {"steps": 100, "activation_dim": d_in, "dict_size": N, "layer": 0, "lm_name": "", "lr": LR}
     made = trainer(**given, warmup_steps=0, device="cpu", **settings)
@@ -59,7 +59,7 @@ def as_theirs(name: str, value: Tensor) -> Tensor:
 
 def compare_gradients(comparison: Any, model: Any, names: dict[str, str], other: Any, ours: Tensor, expected: Tensor,
                       quantity: str = "gradient", without: tuple[str, ...] = ()) -> None:  # fmt: skip
-    """Gradients of both losses by each parameter, each by its own greatest."""
+    """Compare the gradients of both losses for each parameter, relative to its own largest."""
     kept = [name for name in names if name not in without]
     parameters = dict(other.ae.named_parameters())
     found = torch.autograd.grad(ours, [model.get_parameter(name) for name in kept], retain_graph=True)
@@ -150,7 +150,7 @@ def test_restart_of_a_dead_latent_follows_standard_trainer(compare, capsys):
 
 def test_april_form_equals_penalty_with_norms(compare):
     model, x = build("sae_l1", form="april", l1=0.7), data()
-    # AutoEncoderNew gives f ||d|| to a trainer that asks for features
+    # AutoEncoderNew returns f ||d|| as features to a trainer
     settings = {"dict_class": AutoEncoderNew, "l1_penalty": 0.7, "sparsity_warmup_steps": None}
     other, names = theirs(StandardTrainer, model, **settings)
     found, expected, terms = model.loss(x), other.loss(x, step=1), log(other, x)
@@ -200,7 +200,7 @@ def test_jumprelu_sae_equals_jumprelu_trainer(compare):
     model.theta_N.data.clamp_(min=0.05)
     other, names = theirs(JumpReluTrainer, model, bandwidth=0.8, sparsity_penalty=0.7, target_l0=3.0,
                           sparsity_warmup_steps=None)  # fmt: skip
-    # their encoder subtracts no b
+    # their encoder does not subtract b
     other.ae.b_dec.data.zero_()
     centred = x - model.decoder.b_X.detach()
     found, expected, terms = model.loss(x), other.loss(centred, step=1), log(other, centred)
@@ -225,7 +225,7 @@ TOPK = {"topk_sae": TopKTrainer, "batch_topk_sae": BatchTopKTrainer, "matryoshka
 
 
 def topk_pair(name: str, x: Tensor, dead: Tensor = DEAD, **settings: Any) -> tuple[Any, Any, dict[str, str]]:
-    """Ours with their weight of AuxK: they divide it alone by a variance, and weigh no error by a constant."""
+    """Our weight of AuxK is theirs divided by a variance, since they scale AuxK by it, and not the error."""
     given = {"k": 3, "k_aux": X // 2, "aux_scale": "variance", "aux_weight": 0.7 / x.var(0, correction=0).sum().item()}
     if name == "matryoshka_sae":
         given["fractions"] = (0.25, 0.5)
@@ -245,7 +245,7 @@ def topk_pair(name: str, x: Tensor, dead: Tensor = DEAD, **settings: Any) -> tup
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Their AuxK is of float32."""
+    """Their AuxK is computed in float32."""
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.is_floating_point() else x.to(torch.float32))
 
 
@@ -322,7 +322,7 @@ def test_gradient_pursuit_of_orthogonal_directions(compare):
     model, x = build("matching_pursuit_sae", k=3), data()
     with torch.no_grad():
         model.decoder.b_X.zero_()
-        # an orthonormal basis and its negatives: a residual is nearest to one of either sign
+        # an orthonormal basis and its negatives, so that residuals of either sign are matched
         basis = torch.linalg.qr(torch.randn(X, X)).Q
         model.decoder.W_NX.copy_(torch.cat([basis, -basis]))
     comparison = compare("matching_pursuit_sae", PACKAGE, "grad_pursuit, orthogonal directions")
@@ -338,7 +338,7 @@ def test_sparse_ae_l1_equals_autoencoder_without_bias(compare):
     assert len(encoder) == len(decoder) == 1
     with torch.no_grad():
         encoder[0].bias += torch.randn(N)
-        decoder[0].bias.zero_()  # theirs is subtracted from x, too
+        decoder[0].bias.zero_()  # theirs also subtracts it from x
     other = StandardTrainer(100, X, N, 0, "", l1_penalty=0.7, warmup_steps=0, sparsity_warmup_steps=None, device="cpu")
     assert isinstance(other.ae, AutoEncoder)
     pairs = [(encoder[0].weight, other.ae.encoder.weight), (encoder[0].bias, other.ae.encoder.bias),

@@ -23,7 +23,7 @@ SHAPE = (3, 16, 16)
 def ours(name: str, **settings: Any) -> Any:
     model = aezoo.create_model(name, SHAPE, **settings).double()
     with torch.no_grad():
-        for p in model.parameters():  # norms with weight 1 and biases of 0 would hide mistakes
+        for p in model.parameters():  # so that weights of norms are not 1, and biases not 0
             p.add_(0.02 * torch.randn_like(p))
     return model
 
@@ -68,7 +68,7 @@ def test_gaussian_feature_maps(compare, name):
     with_reference.equal("elbo", found["elbo"], -(nll + kl.mean()))
     params = pairs((model.encoder, other.encoder), (model.decoder, other.decoder))
     with_reference.equal_gradients(found["elbo"], -(nll + kl.mean()), params, "gradient of the elbo")
-    if name != "va_vae":  # whose alignment is not in diffusers
+    if name != "va_vae":  # diffusers has no alignment loss
         with_reference.equal("loss", found["loss"], nll + 1e-6 * kl.mean())
         with_reference.equal_gradients(found["loss"], nll + 1e-6 * kl.mean(), params)
     expected = -torch.distributions.Laplace(other(x).sample, 1.0).log_prob(x).flatten(1).sum(1) + kl
@@ -85,7 +85,7 @@ def test_decoder_that_receives_the_visible_values(compare):
     decoder, first = copy.deepcopy(model.decoder), other.decoder
     first.conv_in, *stages = decoder.stages
     first.mid_block, first.up_blocks = Ignoring(nn.Identity()), nn.ModuleList(Ignoring(stage) for stage in stages)
-    # convolutions only: theirs puts the activations between them
+    # convolutions without the activations, which theirs applies between them
     convs = [decoder.condition[0], *(stage[-1] for stage in decoder.condition[1:])]
     first.condition_encoder.layers = nn.Sequential(*convs)
     first.conv_norm_out, first.conv_act, first.conv_out = nn.Identity(), decoder.last[0], decoder.last[1]
@@ -115,7 +115,7 @@ def test_decoder_that_receives_the_visible_values(compare):
 
 
 class Ignoring(nn.Module):
-    """A layer that takes and ignores the code that diffusers hands to each block."""
+    """A layer that ignores the code that diffusers passes to each block."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_tiny_autoencoder(compare):
     with_reference.equal("code", model.encode(x), code)
     with_reference.equal("decoded code", model.decode(z), (other.decode(z).sample + 1) / 2)
     found = model.loss(x)
-    # of variance 1/2
+    # variance 1/2
     nll = -torch.distributions.Normal(x_hat, 0.5**0.5).log_prob(x).flatten(1).sum(1).mean()
     with_reference.equal("loss", found["loss"], nll)
     with_reference.equal_gradients(found["loss"], nll, params)
@@ -149,7 +149,7 @@ def test_tiny_autoencoder(compare):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_codebooks(compare, name, legacy):
     settings = {"discriminator_weight": 0.0, "features": "none"} if name == "vqgan" else {}
-    # legacy is the first version, whose weight is on the codebook's term
+    # legacy: as in the first version, beta weights the codebook term
     model = ours(
         name, hidden_dims=(8, 8), latent_dim=4, codebook_size=16, update="gradient", dead_below=0.0,
         likelihood="laplace", beta=4.0 if legacy else 0.25, data_init=False, **settings,
@@ -160,7 +160,7 @@ def test_codebooks(compare, name, legacy):
     quantise = other.quantize
     quantise.legacy = legacy
     x = torch.rand(3, *SHAPE)
-    with torch.no_grad():  # codes among the encoder's outputs
+    with torch.no_grad():  # codes near the encoder's outputs
         codes = model.encoder(x).movedim(1, -1).reshape(-1, 4)[:16]
         model.quantiser.code_KD.copy_(codes + 0.1 * codes.std() * torch.randn_like(codes))
         quantise.embedding.weight.copy_(model.quantiser.code_KD)
@@ -214,7 +214,7 @@ def test_consistency_decoder(compare):
 
 
 def counterpart(model):
-    """Our parameters by name, moved at random, and the model of diffusers with these weights."""
+    """Our parameters by name, after random offsets, and the model of diffusers with these weights."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
@@ -227,7 +227,7 @@ def counterpart(model):
 
 @pytest.mark.parametrize("kind", [CONSISTENCY, RAE])
 def test_kinds_with_decoders_of_their_own(compare, kind):
-    """A consistency decoder has no objective in diffusers; its laws are beside those of the model."""
+    """Diffusers has no objective of a consistency decoder; its formula is tested with the model."""
     shape, config = (3, 16, 16), {RAE: {"noise_tau": 0.5, "scaling_factor": 0.7}}.get(kind)
     model = aezoo.create_model("diffusers_ae", shape, kind=kind, config=config, likelihood="laplace").double()
     named, other = counterpart(model)
@@ -304,10 +304,10 @@ def test_stages_of_dc(compare):
             if name == "down":
                 other = DCDownBlock2d(before, stage.after, downsample=True)
             elif stage.channels % before:
-                continue  # theirs repeats channels a whole number of times
+                continue  # theirs can only repeat channels a whole number of times
             else:
                 other = DCUpBlock2d(before, stage.channels // 4)
-                stage.act = nn.Identity()  # theirs is in the block before
+                stage.act = nn.Identity()  # in theirs, the activation is in the block before
             params = copy_parameters(stage, other)
             found, theirs = stage(h), other(h)
             with_reference.equal(f"stage {i} {name} of net dc", found, theirs)

@@ -20,7 +20,7 @@ SHAPE, LATENT, BATCH = (1, 3, 2), 3, 6
 
 
 class Encoder(DisentEncoder):
-    """A copy of our encoder, whose output is the mean beside the log-variance."""
+    """A copy of our encoder, which returns the mean and log-variance."""
 
     def __init__(self, net: torch.nn.Module) -> None:
         super().__init__(SHAPE, LATENT, z_multiplier=2)
@@ -31,7 +31,7 @@ class Encoder(DisentEncoder):
 
 
 class Decoder(DisentDecoder):
-    """A copy of our decoder, whose output is logits."""
+    """A copy of our decoder, which returns logits."""
 
     def __init__(self, net: torch.nn.Module) -> None:
         super().__init__(SHAPE, LATENT)
@@ -42,7 +42,7 @@ class Decoder(DisentDecoder):
 
 
 def created(name: str, kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
-    """Both models, and pairs of their parameters; sums over values, as ours."""
+    """Both models, whose losses are sums over values, and pairs of their parameters."""
     model = aezoo.create_model(name, SHAPE, latent_dim=LATENT, hidden_dims=(5,), **ours).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,9 +56,9 @@ def created(name: str, kind: str, ours: dict[str, Any], theirs: dict[str, Any]) 
 
 
 def both_losses(model: Any, other: Any, xs: tuple[Tensor, ...], y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Ours of all samples, theirs of samples in as many tensors as it compares, from the same noise."""
+    """Our loss of all samples, and theirs of samples in as many tensors as it compares, from the same noise."""
     eps = [torch.randn(len(x), LATENT) for x in xs]
-    # theirs draws for one tensor after the other
+    # theirs draws noise for each tensor in turn
     with mock.patch("torch.distributions.normal._standard_normal", side_effect=eps):
         expected = other.do_training_step({"x_targ": xs}, 0)
     with noise([torch.cat(eps)]):
@@ -92,7 +92,7 @@ def test_loss_of_inferred_covariances(compare):
     row = compare("dip_vae_ii", "disent", "DipVae")
     reason = "theirs adds the mean of the diagonal of the table of variances to all covariances, not E[diag sigma^2]"
     row.deviates("loss", found["loss"], expected, reason, follows="ours")
-    # the same covariance with the mean of variances on its diagonal
+    # the same covariance with the mean variances on its diagonal
     z = other._model.encode(torch.rand(BATCH, *SHAPE), chunk=True)
     q, _ = other.latents_handler.encoding_to_dists(z)
     covariance = other._dip_estimate_cov_matrix(q) - q.variance.diag().mean() + q.variance.mean(0).diag()

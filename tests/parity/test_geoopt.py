@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import aezoo
 
-# its own, of torch.jit.script
+# warnings of torch.jit.script
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import geoopt
@@ -24,15 +24,15 @@ SHAPE, LATENT, BATCH = (6,), 3, 5
 
 
 def log_density(ball: geoopt.PoincareBall, mean: Tensor, std: Tensor, v: Tensor) -> Tensor:
-    """The wrapped normal's density in Riemannian volume at the v of a code, by the Jacobian of geoopt's map."""
+    """The wrapped normal's density with respect to the Riemannian volume, at the v of a code, by geoopt's Jacobian."""
 
     def code(mean: Tensor, v: Tensor) -> Tensor:
         return ball.expmap(mean, v / ball.lambda_x(mean, keepdim=True))
 
-    # rows do not see each other, so that the Jacobian of their sum holds that of each
+    # rows are independent, so the Jacobian of their sum contains that of each
     jacobian = torch.autograd.functional.jacobian(lambda v: code(mean, v).sum(0), v, create_graph=True)
     log_det = torch.linalg.slogdet(jacobian.transpose(0, 1))[1]
-    # a volume of lambda^D for each of Lebesgue's
+    # the volume element is lambda^D
     volume = LATENT * torch.log(ball.lambda_x(code(mean, v)))
     return Independent(Normal(torch.zeros_like(v), std), 1).log_prob(v) - log_det - volume
 
@@ -51,7 +51,7 @@ def test_losses_in_the_ball(compare, c):
     mean, std = ball.expmap0(coordinates / 2), torch.exp(0.5 * log_var)
     with noise([eps]):
         drawn = ball.wrapped_normal(BATCH, LATENT, mean=mean, std=std).as_subclass(Tensor)
-    # that has no gradient
+    # theirs has no gradient
     z = ball.expmap(mean, std * eps / ball.lambda_x(mean, keepdim=True))
     v = ball.lambda_x(mean, keepdim=True) * ball.logmap(mean, z)
     at_0 = 2 * ball.logmap0(z)

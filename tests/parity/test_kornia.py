@@ -1,4 +1,4 @@
-"""Losses of kornia (Riba et al. 2020), of which anomalib makes that of DRAEM.
+"""Losses of kornia (Riba et al. 2020), which anomalib uses for DRAEM.
 
 Source: https://github.com/kornia/kornia
 """
@@ -26,7 +26,7 @@ def test_loss_of_repairs_and_segmentation(compare):
     back = other.decoder(other.encoder(damaged))
     pixels = math.prod(shape)
     nll = (x - back).square().flatten(1).sum(1).mean() + pixels / 2 * math.log(math.pi)
-    # half of 1 - SSIM
+    # SSIMLoss is half of 1 - SSIM
     structure = 2 * SSIMLoss(11)(back, x)
     focal = BinaryFocalLossWithLogits(alpha=None, gamma=2.0, reduction="mean")
     segmentation = focal(other.segmentation(torch.cat([damaged, back], 1)), changed)

@@ -22,8 +22,8 @@ NAMES = ("autoencoder_kl", "asymmetric_kl", "eq_vae", "va_vae", "vqgan", "repres
 
 @pytest.fixture
 def reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Theirs with the authors' channel weights, and its random VGG-16 as torchvision's in torch.hub's cache."""
-    # without the classifier, which has nine tenths of the weights
+    """Theirs with the authors' channel weights, and its random VGG-16 as torchvision's weights in torch.hub's cache."""
+    # without the classifier, which has 90 % of the weights
     monkeypatch.setattr(models, "vgg16", lambda **_: SimpleNamespace(features=make_layers(cfgs["D"])))
     net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
@@ -58,7 +58,7 @@ def test_perceptual_term(compare, reference, name):
     found, terms, _ = model.adversarial_objective(x, z)
     x_hat = model.decoder(z)
     expected = -torch.distributions.Laplace(x_hat, 1.0).log_prob(x).flatten(1).sum(1).mean()
-    # added to the error of each value, as in taming and latent diffusion
+    # added to the error of each value, as in taming-transformers and latent diffusion
     values = x[0].numel()
     expected = expected + values * reference(x_hat, x, normalize=True).mean()
     with_reference = compare(name, "lpips", "LPIPS")

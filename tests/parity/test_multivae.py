@@ -39,7 +39,7 @@ NAMES = ("a", "b", "c")
 M = len(PARTS)
 COMPLETE_OR_NOT = [("gaussian:0.6", False), ("bernoulli", True)]
 SUBSETS = [chosen for n in (1, 2, 3) for chosen in itertools.combinations(range(M), n)]
-# the parts of the samples of an incomplete batch
+# the parts present in the samples of an incomplete batch
 PRESENT = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 0], [0, 0, 1]]).bool()
 TWO_OF_THREE = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0], [1, 1, 0], [0, 1, 1]]).bool()
 MEAN = "a mean over the batch, theirs is a sum"
@@ -49,7 +49,7 @@ MEAN = "a mean over the batch, theirs is a sum"
 
 
 class Encoder(BaseMultilatentEncoder):
-    """A copy of our encoder of a part: mean beside log-variance, of the shared code and then of the private one."""
+    """A copy of our encoder of a part, with mean and log-variance of the shared and then of the private code."""
 
     def __init__(self, net: nn.Module, private: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Encoder(BaseMultilatentEncoder):
 
 
 class ExpertAndPrior(Encoder):
-    """The same, times the prior N(0, I)."""
+    """The same, multiplied by the prior N(0, I)."""
 
     def forward(self, x: Tensor) -> ModelOutput:
         mean, log_var = MVAE.product(*(values[:, None] for values in self.net(x).chunk(2, 1)))
@@ -88,7 +88,7 @@ class JointEncoder(BaseJointEncoder):
 
 
 class Decoder(BaseDecoder):
-    """A copy of a network of ours that decodes."""
+    """A copy of one of our decoder networks."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Decoder(BaseDecoder):
 
 
 class Block(BaseEncoder):
-    """A copy of a network of ours that gives mean and log-variance, or one value for both."""
+    """A copy of one of our networks that returns mean and log-variance, or one value for both."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def theirs(kind: str, model: Any, settings: dict[str, Any], encoder: Any = Encod
 
 
 def matched(model: Any, modules: list[tuple[nn.Module, nn.Module]], but: tuple[str, ...] = ()) -> Any:
-    """Pairs of parameters of modules and their copies: all of the model's parameters, except those named."""
+    """Pairs of parameters of modules and their copies; asserts that they are all parameters but those named."""
     found = [pair for a, b in modules for pair in zip(a.parameters(), b.parameters(), strict=True)]
     expected = {id(p) for name, p in model.named_parameters() if p.requires_grad and name not in but}
     assert {id(p) for p, _ in found} == expected, "not all parameters are compared"
@@ -168,7 +168,7 @@ def matched(model: Any, modules: list[tuple[nn.Module, nn.Module]], but: tuple[s
 
 
 def pairs(model: Any, other: Any, *more: tuple[nn.Module, nn.Module], but: tuple[str, ...] = ()) -> Any:
-    """The same for the parts' encoders and decoders, and more modules."""
+    """Pairs of the parameters of the parts' encoders and decoders, and of more modules."""
     modules = [*more]
     for net, copies in ((model.encoder, other.encoders), (model.decoder, other.decoders)):
         modules += [(part, copies[m].net) for m, part in zip(NAMES, net, strict=True)]
@@ -179,7 +179,7 @@ def pairs(model: Any, other: Any, *more: tuple[nn.Module, nn.Module], but: tuple
 
 
 def batch(model: Any, present: Tensor | None = None, n: int = BATCH) -> Tensor:
-    """Samples, binary for Bernoulli decoders, which lack parts if `present` is given."""
+    """Samples, binary for Bernoulli decoders, with missing parts if `present` is given."""
     x = torch.rand(n, *SHAPE)
     x = x.round() if model.hparams["likelihood"] == "bernoulli" else x
     if present is not None:
@@ -197,7 +197,7 @@ def inputs(model: Any, x: Tensor) -> MultimodalBaseDataset:
 
 @contextmanager
 def draws(*values: Tensor) -> Iterator[None]:
-    """`noise` for `torch.distributions.Normal` as well."""
+    """`noise`, for `torch.distributions.Normal` as well."""
     with (
         noise(values),
         mock.patch("torch.distributions.normal._standard_normal", lambda shape, **_: torch.randn(shape)),
@@ -206,7 +206,7 @@ def draws(*values: Tensor) -> Iterator[None]:
 
 
 def moment_noise(n: int, s: int, d: int) -> Tensor:
-    """Noise of mean 0 and covariance I over 2 d copies of n samples, of which each draws s times: (2 d n, s, d)."""
+    """Noise of mean 0 and covariance I over 2 d copies of n samples, with s draws each: (2 d n, s, d)."""
     axes = d**0.5 * torch.linalg.qr(torch.randn(n, s, d, d))[0]
     return torch.stack([axes, -axes]).permute(0, 3, 1, 2, 4).reshape(2 * d * n, s, d)
 
@@ -223,7 +223,7 @@ def names(chosen: tuple[int, ...]) -> list[str]:
 
 @torch.no_grad()
 def compare_codes(report: Comparison, model: Any, other: Any, x: Tensor, subsets: Any = SUBSETS) -> None:
-    """The mean code of subsets of the parts, and whole samples from it."""
+    """Compare the mean code of subsets of the parts, and reconstructions from it."""
     found: list[list[Tensor]] = [[], [], [], []]
     mean = torch.sigmoid if model.hparams["likelihood"] == "bernoulli" else lambda params: params
     for chosen in subsets:
@@ -282,7 +282,7 @@ def test_jmvae_losses(compare):
 
 
 def test_jnf_losses(compare):
-    """Both of their stages, which are one here."""
+    """Both of their stages, which ours trains together."""
     model = ours("jnf", "gaussian:0.6", beta=2.0, flow_width=8)
     flows = {m: Flow(flow) for m, flow in zip(NAMES, model.flows, strict=True)}
     other = theirs("JNF", model, {"beta": 2.0}, joint_encoder=JointEncoder(model.joint_encoder), flows=flows)
@@ -321,7 +321,7 @@ def test_jnf_losses(compare):
 
 
 def test_telbo_losses(compare):
-    """Both of their stages, which are one here. An encoder of a part there is one here times the prior."""
+    """Both of their stages, which ours trains together; their encoder of a part is ours times the prior."""
     model = ours("telbo", "laplace:0.7", gamma=0.7)
     factors = {"lambda_factors": dict.fromkeys(NAMES, 1.0), "gamma_factors": dict.fromkeys(NAMES, 0.7)}
     settings = {**factors, "uses_likelihood_rescaling": False}
@@ -395,7 +395,7 @@ def test_mvae_losses_of_incomplete_samples(compare):
     report.equal("incomplete samples: kl", found["kl"], expected.metrics["klda_b_c"])
     quantity = "incomplete samples: gradient of nll + beta kl"
     report.equal_gradients(found["nll"] + 2.0 * found["kl"], expected.loss, pairs(model, other), quantity)
-    # with at least two parts, so that no sample has the ELBO of its only part twice in theirs
+    # at least two parts, since theirs counts the ELBO of an only part twice
     other.subsampling, x = True, batch(model, TWO_OF_THREE)
     with draws(eps):
         found = model.loss(x)
@@ -476,7 +476,7 @@ def test_crmvae_terms(compare, likelihood, missing):
 
 @contextmanager
 def components(of: Tensor) -> Iterator[None]:
-    """The components that our mixture draws from, (B, K)."""
+    """Make our mixture draw these components, (B, K)."""
     with mock.patch("torch.randint", return_value=of):
         yield
 
@@ -484,7 +484,7 @@ def components(of: Tensor) -> Iterator[None]:
 def compare_bounds(
     report: Comparison, model: Any, found: Any, loss: Tensor, kl: Tensor, both: Any, n: int, which: str
 ) -> None:
-    """Our loss, nll and kl with theirs, sums over a batch of n with `moment_noise`."""
+    """Compare our loss, nll and kl with theirs, which are sums over a batch of n with `moment_noise`."""
     report.scaled(f"{which}loss", found["loss"], loss, 1 / n, MEAN)
     report.scaled(f"{which}nll", found["nll"], loss - kl, 1 / n, MEAN)
     report.scaled(f"{which}kl", model.beta * found["kl"], kl, 1 / n, MEAN)
@@ -514,14 +514,14 @@ def test_mmvae_losses(compare, likelihood, missing):
     x = x[:BATCH]
     compare_codes(report, model, other, x)
     with torch.no_grad():
-        # theirs draws all codes from the expert of one part
+        # theirs draws all codes from one part's expert
         eps = torch.randn(7, BATCH, LATENT)
         with draws(eps.transpose(0, 1)), components(torch.full((BATCH, 7), 1)):
             found = model.log_likelihood(x, 7)
         with draws(eps), mock.patch("numpy.random.choice", return_value="b"):
             expected = other.compute_joint_nll(inputs(model, x), 7, 3)
             report.equal("log-likelihood by one expert", -found.sum(), expected)
-        # as in the paper, the same number from each
+        # as in the paper, the same number from each expert
         eps = torch.randn(M, 5, BATCH, LATENT)
         with (
             draws(eps.flatten(0, 1).transpose(0, 1)),
@@ -536,7 +536,7 @@ def test_mmvae_losses(compare, likelihood, missing):
 @pytest.mark.parametrize("name", ["mmvae_plus", "cmvae"])
 @pytest.mark.parametrize(("likelihood", "missing"), COMPLETE_OR_NOT)
 def test_losses_with_private_codes(compare, name, likelihood, missing):
-    """MMVAE+ and CMVAE; the clusters' scales, which CMVAE of MultiVae does not train, are set to ours."""
+    """MMVAE+ and CMVAE; the scales of the clusters, which MultiVae does not train, are set to ours."""
     kind = {"mmvae_plus": "MMVAEPlus", "cmvae": "CMVAE"}[name]
     more = {"n_components": 3} if name == "cmvae" else {}
     model = ours(name, likelihood, beta=2.0, private_dim=PRIVATE, **more)
@@ -574,18 +574,18 @@ def test_losses_with_private_codes(compare, name, likelihood, missing):
     if missing:
         return
     x = x[:BATCH]
-    # theirs takes the mean of one of the parts at random for CMVAE, of all given parts for MMVAE+
+    # for CMVAE theirs uses the mean of a random part, for MMVAE+ that of all given parts
     subsets = SUBSETS if name == "mmvae_plus" else [(0,), (1,), (2,)]
     compare_codes(report, model, other, x, subsets)
 
 
 def number(chosen: tuple[int, ...]) -> int:
-    """The position of a subset among those of our `mopoe_vae`."""
+    """The index of a subset among those of our `mopoe_vae`."""
     return sum(2**i for i in chosen) - 1
 
 
 def compare_products(report: Comparison, model: Any, x: Any, found: Any, expected: Any, both: Any, which: str) -> None:
-    """The likelihoods, and the mean of the KLs of the products, with beta 2."""
+    """Compare the likelihoods, and the mean KL of the products, with beta 2."""
     (mu, log_var), weight = model.components(x), model.weights(x)
     kl = (weight * model.kl(mu.flatten(0, 1), log_var.flatten(0, 1)).unflatten(0, weight.shape)).mean()
     report.equal(f"{which}nll", found["nll"], sum(expected.metrics[f"recon_{m}"] for m in NAMES))
@@ -597,7 +597,7 @@ MOPOE_KL = "the KL is that of the mixture; theirs takes the mean of the KLs of i
 
 
 def test_mopoe_vae_losses(compare):
-    """In their batch, the samples repeat for each subset, so that each subset decodes all samples."""
+    """Samples are repeated for each subset in theirs, so that each subset decodes all samples."""
     model = ours("mopoe_vae", "bernoulli", beta=2.0)
     other = theirs("MoPoE", model, {"beta": 2.0})
     s = len(SUBSETS)
@@ -634,7 +634,7 @@ def test_mopoe_vae_losses(compare):
 
 
 def test_mopoe_vae_losses_of_incomplete_samples(compare):
-    """Of samples with two parts, which repeat for each of the three subsets that they have."""
+    """Samples with two parts, repeated for each of their three subsets."""
     model = ours("mopoe_vae", "gaussian:0.6", beta=2.0)
     other = theirs("MoPoE", model, {"beta": 2.0})
     x, eps = batch(model, TWO_OF_THREE), torch.randn(BATCH, len(SUBSETS), LATENT)
@@ -709,7 +709,7 @@ def test_dmvae_losses(compare):
 
 @pytest.mark.parametrize(("likelihood", "missing"), COMPLETE_OR_NOT)
 def test_nexus_losses(compare, likelihood, missing):
-    """With the scale 1 of p(z_i|u) that theirs has."""
+    """With the scale 1 of p(z_i|u), as in theirs."""
     settings = {"latent_dim": 3, "part_dim": LATENT, "level_dim": 6}
     model = ours("nexus", likelihood, beta=2.0, top_beta=1.5, dropout=0.0, **settings).train()
     model.top.s_log_var_MP.data.zero_()
@@ -744,7 +744,7 @@ def test_nexus_losses(compare, likelihood, missing):
     if missing:
         return
     compare_nexus_codes(report, model, other, x)
-    # some samples send only some messages
+    # some messages are dropped
     chosen, model.top.dropout, other.model_config.dropout_rate = [(0, 1, 2), (1,), (0, 2), (2,), (0, 1)], 0.5, 0.5
     rand, dropped, sizes, orders = torch.full((BATCH, 2 + M), 0.9), [], [], []
     for row, senders in zip(rand, chosen, strict=True):
@@ -784,7 +784,7 @@ def compare_nexus_codes(report: Comparison, model: Any, other: Any, x: Tensor) -
 
 
 class Level(Block):
-    """A copy of a network of ours that reads the level above and a slice of the encoder's output."""
+    """A copy of one of our networks, which reads the level above and a slice of the encoder's output."""
 
     def __init__(self, net: nn.Module, above: int, dims: tuple[int, ...], level: int) -> None:
         super().__init__(net)
@@ -819,7 +819,7 @@ class BottomUp(BaseEncoder):
 
 
 def test_mhvae_losses(compare):
-    """Our networks as theirs: a part's encoder gives all levels what they need, and other blocks pass it on."""
+    """Our networks in theirs: the encoder of a part returns the inputs of all levels, which other blocks pass on."""
     dims = (2, 3, 4)
     model = ours("mhvae", "bernoulli", latent_dim=None, latent_dims=dims, level_dim=8, beta=2.0)
     n = len(dims)
@@ -882,7 +882,7 @@ class LabelledDecoder(BaseConditionalDecoder):
 
 
 def test_conditional_vae_losses(compare):
-    """The condition is the label."""
+    """The label as their conditioning modality."""
     model = ours("conditional_vae", "bernoulli", parts=None, num_classes=3)
     name, scale = decoder_settings("bernoulli")
     settings = {"conditioning_modalities": ["y"], "main_modality": "x", "latent_dim": LATENT, "decoder_dist": name}

@@ -20,7 +20,7 @@ SHAPE, LATENT, BATCH, STEPS = (6,), 3, 4, 2
 
 
 def set_parameters(flow: nn.Module, **values: Tensor) -> nn.Module:
-    """Tensors with a gradient in the place of a flow's own parameters."""
+    """Replace a flow's own parameters by tensors with gradients."""
     for name, value in values.items():
         delattr(flow, name)
         setattr(flow, name, value)
@@ -30,7 +30,7 @@ def set_parameters(flow: nn.Module, **values: Tensor) -> nn.Module:
 def planar(parameters: Tensor) -> Any:
     u, w, b = parameters.split([LATENT, LATENT, 1])
     dot = w @ u
-    # their u that gives the w u' of ours, log(1 + exp t) - 1 of its product with w
+    # their u for our w u'; theirs computes log(1 + exp t) - 1 of its product with w
     target = torch.log(torch.expm1(1 + above_minus_one(dot)))
     u = u + (target - dot) * w / (w @ w)
     return set_parameters(normflows.flows.Planar((LATENT,)), u=u[None], w=w[None], b=b)

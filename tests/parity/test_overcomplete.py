@@ -14,7 +14,7 @@ from torch import Tensor
 
 import aezoo
 
-# its plots are not needed, and need an older matplotlib
+# the plots need an older matplotlib
 with mock.patch.dict(sys.modules, {"overcomplete.visualization": mock.MagicMock()}):
     from overcomplete.sae.archetypal_dictionary import RelaxedArchetypalDictionary
     from overcomplete.sae.mp_sae import MpSAE
@@ -24,7 +24,7 @@ D, LATENTS, K, BATCH = 6, 10, 3, 8
 
 
 class LinearEncoder(torch.nn.Module):
-    """A linear map and a ReLU, as the paper's encoder without batch normalisation; before and after the ReLU."""
+    """A linear map and a ReLU, the paper's encoder without batch normalisation; returns both stages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def created_archetypal(points: int, delta: float) -> tuple[Any, Any, list[tuple[
     with torch.no_grad():
         model.decoder.points_PX.copy_(candidates)
         model.decoder.shares_NP.copy_(shares / shares.sum(1, keepdim=True))
-        # within the ball
+        # inside the ball of radius delta
         model.decoder.lambda_NX.copy_(0.9 * delta * relaxed / relaxed.norm(dim=1, keepdim=True))
     arguments = {"top_k": K, "delta": delta, "use_multiplier": False, "encoder_module": LinearEncoder()}
     other = RATopKSAE(D, LATENTS, candidates, **arguments).double()
@@ -70,7 +70,7 @@ def test_archetypal_loss(compare, delta):
     x = torch.randn(BATCH, D)
     found, (_, codes, back) = model.loss(x), other(x)
     row = compare("ra_sae", "overcomplete", "RATopKSAE")
-    # theirs divides shares by their sum and 1e-8
+    # theirs divides shares by their sum plus 1e-8
     row.equal("directions", model.decoder.directions(), other.get_dictionary())
     row.equal("codes", model.encode(x), codes)
     row.equal("reconstructions", model(x), back)

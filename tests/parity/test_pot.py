@@ -24,7 +24,7 @@ def test_sliced_wasserstein_loss(compare):
         found = model.loss(x)
     z = other.encoder(x)
     distance = ot.sliced_wasserstein_distance(z, prior, projections=F.normalize(v).T, p=2)
-    # N(xhat, 1/2), whose -log p is the squared error and a constant
+    # -log p of N(xhat, 1/2) is the squared error plus a constant
     nll = (x - other.decoder(z)).square().sum(1).mean() + 0.5 * shape[0] * math.log(math.pi)
     expected = nll + 2.5 * distance**2
     row = compare("swae", "POT", "sliced_wasserstein_distance")

@@ -22,9 +22,9 @@ def test_loss_at_equal_draws(compare, d):
     shape, n = (4,), 5
     model = aezoo.create_model("hyperspherical_vae", shape, latent_dim=d, hidden_dims=(6,), beta=0.7).double()
     with torch.no_grad():
-        # their reflection is ours where the mean points away from the first axis
+        # their reflection equals ours where the mean points away from the first axis
         model.encoder[-2].bias[0] = -5.0
-        model.encoder[-2].bias[-1] -= 8  # spread draws, at which theirs loses no digits
+        model.encoder[-2].bias[-1] -= 8  # a small concentration, at which theirs loses no precision
     other, x = copy.deepcopy(model), torch.rand(n, *shape).bernoulli()
     u, side = torch.rand(n), torch.randn(n, d - 1)
     with mock.patch("torch.rand_like", return_value=u), noise([side]):
@@ -32,10 +32,10 @@ def test_loss_at_equal_draws(compare, d):
     out = other.encoder(x)
     assert (out[:, 0] < 0).all()
     mean, kappa = F.normalize(out[:, :-1]), d * F.softplus(out[:, -1]) + 1
-    # torch knows a beta draw's gradient to about three digits, so that of kappa is compared with scipy's quantiles
+    # torch's gradient of a beta draw has about three digits, so that of kappa is compared with scipy's quantiles
     q = PowerSpherical(mean, kappa.detach())
     t = torch.cos(model.family.quantile(kappa.detach(), u))
-    # their draw of (1 + t) / 2 from a beta distribution
+    # theirs draws (1 + t) / 2 from a beta distribution
     beta = torch.stack([(1 + t) / 2, (1 - t) / 2], -1)
     direction = F.normalize(side)
     with (

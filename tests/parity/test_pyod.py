@@ -1,6 +1,6 @@
 """Detectors of pyod on copies of our networks (Zhao et al. 2019).
 
-Several of its methods cast to float32: samples here are of float32, and networks cast them back.
+Several of its methods cast to float32, so samples are float32 here, and networks cast to float64.
 
 Source: https://github.com/yzhao062/pyod
 """
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 import aezoo
 
 N, X, CODE = 9, 6, 3
-CONSTANT = X / 2 * math.log(math.pi)  # of the likelihood gaussian
+CONSTANT = X / 2 * math.log(math.pi)  # constant of the likelihood gaussian
 SUMS = "sums over the values of a sample instead of means"
 
 
 class Double(nn.Module):
-    """A function of float64 that takes float32, too, with the parameters of a network."""
+    """A function in float64 of inputs that may be float32, with the parameters of a network."""
 
     def __init__(self, net: nn.Module, function: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Double(nn.Module):
 
 
 class Unseen(nn.Module):
-    """A network whose parameters are no part of it: neither steps nor weight decay of a detector move them."""
+    """A network that does not register its parameters, so that steps and weight decay do not change them."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Half(nn.Module):
 
 
 def ours(name: str, **settings: Any) -> Any:
-    """A model away from where it starts."""
+    """A model with random offsets added to its initial weights."""
     given = {"latent_dim": CODE, "hidden_dims": (5,), "activation": "leaky_relu", "likelihood": "gaussian"}
     model = aezoo.create_model(name, (X,), **given | settings).double()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def samples() -> Tensor:
 
 
 def with_gradients(parameters: Iterable[Tensor]) -> Tensor:
-    """A value whose gradients are those that their `backward` has left."""
+    """A value whose gradients are those that their `backward` left in the parameters."""
     return torch.stack([(p * p.grad.detach().clone()).sum() for p in parameters if p.grad is not None]).sum()
 
 
@@ -132,7 +132,7 @@ def test_vae(compare, name, beta):
 
 
 def test_deep_svdd(compare):
-    """Without theirs of weight decay, the sum of norms times 1e-6, which ours leaves to the optimiser."""
+    """Without their weight decay, the sum of norms times 1e-6, which ours leaves to the optimiser."""
     model, x = ours("deep_svdd", nll_weight=0.0), samples()
     with torch.no_grad():
         model.init_from_data(x)
@@ -185,7 +185,7 @@ def test_ae1svm(compare):
 
 
 def test_alad(compare):
-    """With a cycle discriminator that is a constant, theirs has only the terms of pairs of samples and codes."""
+    """With a constant cycle discriminator, theirs only has the terms of pairs of samples and codes."""
     model, x, z = ours("alad", nll_weight=0.0), samples(), torch.randn(N, CODE).float().double()
     its = copy.deepcopy(model)
 

@@ -1,8 +1,8 @@
-"""Bounds of Pyro on generative models and guides written from the papers, around copies of our networks.
+"""Bounds of Pyro for generative models and guides written from the papers, around copies of our networks.
 
 Source: https://github.com/pyro-ppl/pyro (Bingham et al. 2019). `TraceMeanField_ELBO` has KLs in closed form,
-`Trace_ELBO` and `TraceEnum_ELBO` the densities at the draws. For a Gaussian they agree on the mean over noise of -1 and
-1 and its negative, `both_signs`: the mean of z^2 over the two is that of N(mu, sigma^2).
+`Trace_ELBO` and `TraceEnum_ELBO` the densities at the draws. For a Gaussian they agree on the mean over noise and its
+negative, of values -1 and 1, `both_signs`: the mean of z^2 over the two is that of N(mu, sigma^2).
 """
 
 import copy
@@ -76,7 +76,7 @@ def bernoulli(logits: Tensor) -> Any:
 
 
 class Program:
-    """A model p(x, z) and a guide q(z | x) on a copy of our networks; subclasses say what the paper says.
+    """A model p(x, z) and a guide q(z | x) with copies of our networks; subclasses follow the papers.
 
     Args:
         model: ours, whose networks are copied.
@@ -110,11 +110,11 @@ class Program:
             pyro.sample("z", self.posterior(x))
 
     def loss(self, x: Tensor) -> Tensor:
-        """The negative bound, a mean over the batch."""
+        """The negative bound, averaged over the batch."""
         return self.elbo.differentiable_loss(self.model, self.guide, x) / len(x)
 
     def nll(self, x: Tensor) -> Tensor:
-        """Its first term."""
+        """The reconstruction term of the bound."""
         drawn = poutine.trace(self.guide).get_trace(x)
         trace = poutine.trace(poutine.replay(self.model, drawn)).get_trace(x)
         trace.compute_log_prob()
@@ -122,9 +122,9 @@ class Program:
 
 
 def importance_bound(program: Any, n: int, batch: Any, noises: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-    """RenyiELBO at alpha = 0, the importance weighted bound, of each sample; and a number with its gradients.
+    """RenyiELBO at alpha = 0, the importance weighted bound, of each sample; and a value with its gradients.
 
-    Pyro weights particles of a batch as a whole, so that each sample is a batch of its own here.
+    Pyro weights the particles of a batch together, so each sample is a batch here.
     """
     bound = RenyiELBO(alpha=0, num_particles=n, vectorize_particles=True, max_plate_nesting=1)
     program.nets.zero_grad()
@@ -136,7 +136,7 @@ def importance_bound(program: Any, n: int, batch: Any, noises: Iterable[tuple[Te
     return -torch.tensor(found), with_gradients
 
 
-# ---- closed-form KLs ------------------------------------------------------------------------------------------------
+# ---- closed-form KLs -------------------------------------------------------------------------------------------------
 
 
 class Shrink(torch.nn.Module):
@@ -185,7 +185,7 @@ GAUSSIAN = [
 
 
 def spread(model: Any) -> Any:
-    """Parameters away from their initial values, of which some are 0."""
+    """Add random offsets to the parameters, some of which are 0 initially."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -247,7 +247,7 @@ def test_scores_without_noise(compare, name):
     compare(name, "pyro-ppl", "poutine.condition").equal("score", model.score(x), torch.cat(expected))
 
 
-# ---- importance weighted bounds -------------------------------------------------------------------------------------
+# ---- importance weighted bounds --------------------------------------------------------------------------------------
 
 
 def groups_of(eps: Tensor, m: int) -> list[Tensor]:
@@ -297,17 +297,17 @@ def test_importance_weighted_bounds(compare, name):
         row.equal_gradients(found["loss"], decoder_gradients, decoders, "gradient of the decoder")
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
+# ---- labels ----------------------------------------------------------------------------------------------------------
 
 
 def beside(*parts: Tensor) -> Tensor:
-    """Concatenated in the last dimension, the others broadcast."""
+    """Concatenate along the last dimension, and broadcast the others."""
     shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*shape, -1) for part in parts], -1)
 
 
 class Labelled(Program):
-    """Kingma et al. 2014, equation 6, or without p(y) the conditional VAE: all is given the label."""
+    """Kingma et al. 2014, equation 6, or without p(y) the conditional VAE: encoder and decoder read the label."""
 
     def posterior(self, x: Tensor, y: Tensor) -> Any:
         joint = beside(x, F.linear(y, self.nets.label_map.weight))
@@ -339,7 +339,7 @@ def test_conditional_bounds(compare):
     row = compare("conditional_vae", "pyro-ppl", "TraceMeanField_ELBO")
     row.equal("loss with labels", found["loss"], expected)
     row.equal_gradients(found["loss"], expected, theirs.pairs, "gradient with labels")
-    # without a label, each label in turn is a particle
+    # without a label, each label is a particle
     with noise([eps]):
         found = model.loss(x)
     each = [(sample, torch.eye(k)[:, None]) for sample in x.split(1)]
@@ -432,12 +432,12 @@ def test_m1_bound(compare):
     row.equal_gradients(found["loss"], expected, theirs.pairs)
 
 
-# ---- classes --------------------------------------------------------------------------------------------------------
+# ---- classes ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def uniforms(u: Tensor) -> Iterator[None]:
-    """Gumbel noise -log(-log u), of ours from an exponential variable."""
+    """Gumbel noise -log(-log u); ours computes it from an exponential variable."""
     exponential = lambda self: self.copy_(-u.log())  # noqa: E731
     with mock.patch("torch.rand", return_value=u), mock.patch("torch.Tensor.exponential_", exponential):
         yield
@@ -502,14 +502,14 @@ def test_joint_bound(compare):
     row.equal("nll", found["nll"], nll)
     row.equal("kl_continuous", found["kl_continuous"], kl_z)
     row.equal("kl_discrete", found["kl_discrete"], kl_c)
-    # equation 7 at 30 of 100 steps; the discrete capacity is at most that of its classes
+    # equation 7 at step 30 of 100; the discrete capacity is at most log K per variable
     capacity = 0.3 * n * torch.log(torch.tensor(float(k)))
     loss = nll + 3 * (kl_z - 0.3 * 2).abs() + 3 * (kl_c - capacity).abs()
     row.equal("loss", found["loss"], loss)
     row.equal_gradients(found["loss"], loss, theirs.pairs)
 
 
-# ---- flows ----------------------------------------------------------------------------------------------------------
+# ---- flows -----------------------------------------------------------------------------------------------------------
 
 
 def softplus_inverse(value: Tensor) -> Tensor:
@@ -517,13 +517,13 @@ def softplus_inverse(value: Tensor) -> Tensor:
 
 
 def m(t: Tensor) -> Tensor:
-    """The function of ours that makes a planar or radial step invertible, 0 at 0; the papers' is softplus(t) - 1."""
+    """The function that makes a planar or radial step of ours invertible, 0 at 0; the papers have softplus(t) - 1."""
     shift = torch.log(torch.expm1(torch.tensor(0.999)))
     return F.softplus(t + shift) - 0.999
 
 
 class Flow(Program):
-    """A guide with a transformed Gaussian; Pyro's densities at its draws."""
+    """A guide with a transformed Gaussian, with Pyro's densities at its draws."""
 
     elbo = Trace_ELBO()
     paper = False
@@ -537,7 +537,7 @@ class Flow(Program):
                     made.append(ConditionedPlanar((bias, u, w)))
                     continue
                 dot = (w * u).sum(1, keepdim=True)
-                # Pyro's u that gives w u' = m(w u)
+                # Pyro's u for which w u' = m(w u)
                 other = u + (softplus_inverse(1 + m(dot)) - dot) * w / (w**2).sum(1, keepdim=True)
                 made.append(ConditionedPlanar((bias, other, w)))
             else:
@@ -629,11 +629,11 @@ def test_bounds_with_flows(compare, name, part, program, settings):
     row.equal("log_likelihood", likelihood, torch.stack(expected))
 
 
-# ---- levels ---------------------------------------------------------------------------------------------------------
+# ---- levels ----------------------------------------------------------------------------------------------------------
 
 
 class Hierarchy(Program):
-    """z_L to z_1, each from a distribution given the one above; the decoder reads `read` levels from the bottom."""
+    """z_L to z_1, each from a distribution given the one above; the decoder reads the lowest `read` levels."""
 
     def sample_levels(self, of_level: Callable[[int, list[Tensor]], Any]) -> list[Tensor]:
         above: list[Tensor] = []
@@ -694,7 +694,7 @@ class Ladder(Hierarchy):
 
 
 class VeryDeep(Hierarchy):
-    """Child 2021, as its figure 3: blocks of a stream from 1x1 up to the image."""
+    """Child 2021, figure 3: blocks of a stream from 1x1 up to the image."""
 
     def walk(self, n: int, of_block: Callable[[Any, Tensor, int], tuple[Any, Tensor, Tensor]]) -> Tensor:
         net, y, groups = self.nets.decoder, torch.zeros(()), 0
@@ -778,11 +778,11 @@ def test_bound_of_the_very_deep_model(compare):
     row.equal_gradients(found["loss"], expected, theirs.pairs)
 
 
-# ---- learned and calibrated scales ----------------------------------------------------------------------------------
+# ---- learned and calibrated scales -----------------------------------------------------------------------------------
 
 
 class Scaled(Program):
-    """A Gaussian likelihood of one standard deviation."""
+    """A Gaussian likelihood with one standard deviation."""
 
     scale: Tensor | None = None
 
@@ -839,7 +839,7 @@ def test_bounds_of_two_stages(compare):
     row.equal_gradients(found["loss"], first_loss + second_loss, theirs.pairs)
 
 
-# ---- groups and pairs of samples ------------------------------------------------------------------------------------
+# ---- groups and pairs of samples -------------------------------------------------------------------------------------
 
 
 class Groups(Program):
@@ -887,7 +887,7 @@ def test_bound_of_groups(compare):
 
 
 class Pairs(Program):
-    """Locatello et al. 2020, with the KL of both orders: an even number of samples, each beside its partner."""
+    """Locatello et al. 2020, with the KL of both orders, for pairs of successive samples."""
 
     average, both_orders = "gvae", True
 
@@ -898,7 +898,7 @@ class Pairs(Program):
         kl = torch.distributions.kl_divergence
         delta = 0.5 * (kl(q, other) + kl(other, q))
         if not self.both_orders:
-            # the first of a pair is the even one
+            # the first of a pair has an even index
             first = torch.arange(len(x)) // 2 * 2
             delta = kl(q, other)[first]
         shared = delta <= 0.5 * (delta.amin(1, keepdim=True) + delta.amax(1, keepdim=True))
@@ -906,7 +906,7 @@ class Pairs(Program):
             average = 0.5 * (mean + mean[partner]), torch.log(0.5 * (q.variance + other.variance))
         else:
             both = moments(as_gaussian(mean, log_var) + as_gaussian(mean[partner], log_var[partner]))
-            # the square root of the product of the densities has half its precision
+            # the square root of the product has half its precision
             average = both[0], both[1] + torch.log(torch.tensor(2.0))
         return gaussian(*(torch.where(shared, a, own) for a, own in zip(average, (mean, log_var), strict=True)))
 
@@ -934,7 +934,7 @@ def test_bound_of_pairs(compare, average):
     row.deviates("loss of pairs in an order", found["loss"], expected, reason, follows="theirs")
 
 
-# ---- functions of the KL and of the codes ---------------------------------------------------------------------------
+# ---- functions of the KL and of the codes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["annealed_vae", "dip_vae_i", "dip_vae_ii"])
@@ -949,7 +949,7 @@ def test_bounds_with_penalties(compare, name):
         nll = theirs.nll(x)
     if name == "annealed_vae":
         model.steps.fill_(300)
-        # equation 8 at 300 of 1000 steps
+        # equation 8 at step 300 of 1000
         row, expected = compare(name, "pyro-ppl", "TraceMeanField_ELBO"), nll + 3 * (bound - nll - 0.3 * 5).abs()
     else:
         row = compare(name, "torch", "cov, with pyro's TraceMeanField_ELBO")

@@ -140,7 +140,7 @@ def test_losses_of_both_players_of_factor_vae(compare):
     model = ours("factor_vae", gamma=6.0, discriminator_dims=(8, 8))
     other = theirs("FactorVAE", model, gamma=6.0)
     net = copy.deepcopy(model.discriminator)
-    # two logits, of which only the difference counts
+    # two logits, of which only the difference matters
     other.discriminator = nn.Sequential(net, nn.ConstantPad1d((0, 1), 0.0))
     x, draws = torch.rand(2 * BATCH, *SHAPE), torch.randn(2, BATCH, LATENT)
     with seeded():

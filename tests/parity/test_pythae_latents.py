@@ -38,7 +38,7 @@ from aezoo.nets.blocks.ssim import similarity
 
 
 def drawn_bound(model: Any, x: Tensor) -> Tensor:
-    """-log p(x|z) + log q(z|x) - log p(z) of one draw, with its gradient."""
+    """-log p(x|z) + log q(z|x) - log p(z) of one draw, with gradients."""
     return -type(model).log_likelihood.__wrapped__(model, x, 1).mean()
 
 
@@ -91,7 +91,7 @@ def test_planar_flow_of_vae_flow(compare):
 
 
 def set_tensors(layer: nn.Module, **tensors: Tensor) -> None:
-    """Give a layer tensors in the place of its parameters."""
+    """Replace parameters of a layer by tensors."""
     for name, tensor in tensors.items():
         layer._parameters.pop(name, None)
         setattr(layer, name, tensor)
@@ -100,7 +100,7 @@ def set_tensors(layer: nn.Module, **tensors: Tensor) -> None:
 def equal_flows(
     row: Comparison, model: Any, other: Any, x: Tensor, of: str = "", more: Pairs | None = None, order: int = 1
 ) -> None:
-    """The bound by the KL of a draw, its terms and gradients, and log-likelihoods; theirs draws codes in an order."""
+    """Compare the bound with a sampled KL, its terms and gradients, and log-likelihoods; order is that of noise."""
     draw, off, n = torch.randn(len(x), LATENT), constant(model, x), 5
     with noise([draw[None]]):
         found = drawn_bound(model, x)
@@ -123,11 +123,11 @@ def equal_flows(
 
 
 class MADE(nn.Module):
-    """A copy of our layer as theirs takes it, by the name of its class.
+    """A copy of our layer in their interface, which refers to the class by name.
 
     Args:
         layer: our layer.
-        head: mean and log-variance of theirs from that layer and z.
+        head: computes their mean and log-variance from that layer and z.
     """
 
     def __init__(self, layer: nn.Module, head: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -148,7 +148,7 @@ def test_steps_of_vae_iaf(compare, likelihood):
     def head(out: Tensor) -> dict[str, Tensor]:
         mean, log_var, h = out.split([LATENT, LATENT, width], 1)
         context.append(h)
-        # they reverse the order before the first step, too
+        # theirs also reverses the order before the first step
         return {"embedding": mean.flip(1), "log_covariance": log_var.flip(1)}
 
     def affine(layer: Any, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def test_density_of_flow_prior_vae(compare):
         mu, log_var = head(layer, z.flip(1))
         return mu.flip(1), log_var.flip(1)
 
-    # they reverse the order after each layer
+    # theirs reverses the order after each layer
     flow.net = nn.ModuleList(MADE(layer, reversed_head if t % 2 else head) for t, layer in enumerate(model.flow))
     of_prior = torch.distributions.MultivariateNormal(torch.zeros(LATENT), torch.eye(LATENT))
     other, z = NFModel(of_prior, flow), torch.randn(BATCH, LATENT)
@@ -191,7 +191,7 @@ def test_density_of_flow_prior_vae(compare):
     u = torch.randn(BATCH, LATENT)
     with noise([u]):
         drawn = model.sample_prior(BATCH)
-    # after three layers their order is reversed
+    # after three layers the order in theirs is reversed
     row.equal("codes drawn from the prior", drawn, flow.inverse(u.flip(1)).out)
 
 
@@ -210,7 +210,7 @@ def test_losses_of_rae_l2(compare):
     row.equal("code", model.encode(x), expected.z)
     row.equal("loss without l2 and constant", found["loss"] - decay / 2 * found["l2"] - off, expected.loss)
     row.equal_gradients(found["loss"], expected.loss, encoder_pairs(model, other), "gradient of encoder")
-    # they leave ||theta||^2 to the weight decay of the decoder's optimiser, see their pipelines/training.py
+    # theirs leaves ||theta||^2 to the weight decay of the decoder's optimiser, see their pipelines/training.py
     steps = []
     for loss, decoder, weight_decay in ((found["loss"], model.decoder, 0.0), (expected.loss, other.decoder.net, decay)):
         before = nn.utils.parameters_to_vector(decoder.parameters()).detach()
@@ -282,7 +282,7 @@ def test_losses_of_vq_vae(compare, update):
     indices, code = model.encode_indices(x)[:, 0], model.encode(x)
     if update == "ema":
         other.quantizer.ema_embed.copy_(code_KD)
-    # they make a float32 of the one-hot rows
+    # theirs casts the one-hot rows to float32
     with mock.patch("torch.float", torch.float64):
         expected = other({"data": x})
     found, off, size = model.loss(x), constant(model, x), math.prod(model.code_shape)
@@ -292,7 +292,7 @@ def test_losses_of_vq_vae(compare, update):
     row.equal(f"nll without constant{of}", found["nll"] - off, expected.recon_loss)
     both = pairs(model, other) + ([(code_KD, codes.weight)] if update == "gradient" else [])
     row.equal_gradients(found["loss"], expected.loss, both, f"gradient{of}, their weights {size} times ours")
-    # theirs holds the weighted sum, of terms with equal values
+    # theirs keeps the weighted sum of terms, which have equal values
     mean = expected.vq_loss / (size * (0.25 if update == "ema" else 1.25))
     for name in ("commitment",) if update == "ema" else ("commitment", "codebook"):
         row.scaled(f"{name}{of}", found[name], mean, size, "summed over channels and places, not their mean")
@@ -306,13 +306,13 @@ def test_losses_of_vq_vae(compare, update):
 
 
 def second_stage(model: Any, sampler: Any) -> tuple[Any, Pairs]:
-    """Their second stage with copies of our weights, and pairs of these."""
+    """Their second stage with copies of our weights, and the pairs of parameters."""
     second = sampler.second_vae.double()
     encoder, decoder = ([*part.parameters()] for part in (model.second.encoder, model.second.decoder))
     held = [p.detach().clone().requires_grad_() for p in encoder]
     for layer, (weight, bias) in zip(second.encoder.layers, (held[:2], held[2:4]), strict=True):
         set_tensors(layer[0], weight=weight, bias=bias)
-    # they have a layer each for mean and log-variance
+    # theirs has separate layers for mean and log-variance
     for layer, rows in ((second.encoder.mu, slice(LATENT)), (second.encoder.std, slice(LATENT, None))):
         set_tensors(layer, weight=held[4][rows], bias=held[5][rows])
     _, *copies = second.decoder.parameters()
@@ -367,7 +367,7 @@ def test_similarity_of_msssim_vae(compare):
     x, draw = torch.rand(BATCH, *shape), torch.randn(BATCH, LATENT)
     y, theirs_y = (torch.lerp(x, draw[:, :1, None, None].sigmoid(), 0.3).requires_grad_() for _ in range(2))
     row = compare("msssim_vae", "pythae", "MSSSIM_VAE")
-    # they make a float32 of the window
+    # theirs casts the window to float32
     with mock.patch("torch.Tensor.float", torch.Tensor.double):
         with noise([draw]):
             expected = other({"data": x})

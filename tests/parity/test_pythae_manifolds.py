@@ -29,7 +29,7 @@ logsumexp = torch.logsumexp
 
 @pytest.mark.parametrize("likelihood", LOSSES)
 def test_leapfrog_steps_of_hvae(compare, likelihood):
-    # get_nll takes images of this size only
+    # get_nll only takes images of this size
     shape, n = (1, 28, 28), 5
     settings = {"n_leapfrog": 3, "step_size": 0.05, "beta_0": BETA_0, "likelihood": likelihood}
     model = aezoo.create_model("hvae", shape, latent_dim=LATENT, hidden_dims=(8,), **settings).double()
@@ -65,7 +65,7 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
     )
     row.deviates(named("log-likelihood", off), found + off, nll, reason, follows="ours")
     row.equal(named("log-likelihood with their density of rho_0", off), torch.tensor(exchanged) + off, nll)
-    # theirs is differentiable before .item()
+    # differentiable before .item()
     step_D = model.step_D.detach().clone().requires_grad_()
     other._parameters.pop("eps_lf")
     other.eps_lf = 0.5 * torch.sigmoid(step_D)
@@ -91,7 +91,7 @@ def test_leapfrog_steps_of_hvae(compare, likelihood):
 
 
 def mended_loss(other: Any, x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
-    """Their loss with the steps of their get_nll in the place of those of their forward."""
+    """Their loss with the steps of their get_nll instead of those of their forward."""
     out, half = other.encoder(x), other.eps_lf / 2
     z_0 = z = out.embedding + torch.exp(0.5 * out.log_covariance) * eps
     rho, root = gamma / other.beta_zero_sqrt, other.beta_zero_sqrt
@@ -105,12 +105,12 @@ def mended_loss(other: Any, x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
 
 
 def exchanged_likelihood(model: Any, x: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Our log-likelihood of a sample with the density of rho_0 that theirs has, and the codes z_K."""
+    """Our log-likelihood of a sample with their density of rho_0, and the codes z_K."""
     n = draws.shape[1]
     with noise(draws):
         z, log_q = (part[:, 0] for part in model.sample_posterior(x, n))
     log_w = model.log_prior(z) - log_q - model.nll(model.decoder(z), x.expand(n, *x.shape[1:]))
-    # log q holds (|rho|^2 - |gamma|^2) / 2
+    # log q contains (|rho|^2 - |gamma|^2) / 2
     log_q_0 = -0.5 * (draws[0, :, 0] ** 2 + model.posterior(x)[1] + math.log(2 * math.pi)).sum(1)
     gamma_2 = (draws[1, :, 0] ** 2).sum(1)
     rho_2 = 2 * (log_q - log_q_0) + gamma_2
@@ -119,7 +119,7 @@ def exchanged_likelihood(model: Any, x: Tensor, draws: Tensor) -> tuple[Tensor, 
 
 
 def metric_of(model: Any, other: Any) -> nn.Module:
-    """Give theirs our centroids, a copy of our metric's network, which is returned, and their own metric of these."""
+    """Give theirs our centroids, a copy of our metric's network, and a metric from both; returns the copy."""
     net = copy.deepcopy(model.metric)
     other.centroids_tens, other.M_tens = model.centroids_MD.clone(), net(model.centroids_MD)
     other.G, other.G_inv = create_metric(other), create_inverse_metric(other)
@@ -127,13 +127,13 @@ def metric_of(model: Any, other: Any) -> nn.Module:
 
 
 def turned(inverse: Tensor, gamma: Tensor) -> Tensor:
-    """The noise for which L of G = L L' gives our momentum, which has another root: (B, D, D), (B, D) -> (B, D)."""
+    """The noise with which L of G = L L' gives our momentum, from another root of G: (B, D, D), (B, D) -> (B, D)."""
     momentum = torch.linalg.solve_triangular(torch.linalg.cholesky(inverse).mT, gamma[..., None], upper=True)
     return torch.linalg.solve(torch.linalg.cholesky(torch.linalg.inv(inverse)), momentum)[..., 0]
 
 
 def partial_first_step(other: Any) -> Callable[..., Tensor]:
-    """Their first step at a z of its own, on which rho does not depend."""
+    """Their first step at a view of z, on which rho does not depend."""
     step = other._leap_step_1
 
     def first(recon_x: Tensor, x: Tensor, z: Tensor, rho: Tensor, G_inv: Tensor, G_log_det: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def partial_first_step(other: Any) -> Callable[..., Tensor]:
 
 
 def implicit_second_step(other: Any) -> Callable[..., Tensor]:
-    """Their second step with the metric of each iterate, of which the first is where ours starts its three."""
+    """Their second step with the metric at each iterate; its first iterate is the start of our three."""
 
     def step(recon_x: Tensor, x: Tensor, z: Tensor, rho: Tensor, G_inv: Tensor, G_log_det: Tensor) -> Tensor:
         def velocity(at: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def rhvae(n_steps: int, temperature: float) -> tuple[Any, Any, Pairs]:
     """Ours, theirs with our metric, and pairs of all parameters."""
     settings = {"n_centroids": 5, "metric_floor": 0.1, "step_size": 0.2, "beta_0": BETA_0}
     model = ours("rhvae", n_leapfrog=n_steps, temperature=temperature, **settings).eval()
-    # they do not take the root of beta_zero
+    # theirs does not take the root of beta_zero
     settings = {"n_lf": n_steps, "beta_zero": math.sqrt(BETA_0), "regularization": 0.1}
     other = theirs("RHVAE", model, temperature=temperature, **settings).eval()
     net, step_D = metric_of(model, other), model.step_D.detach().clone().requires_grad_()
@@ -217,7 +217,7 @@ def test_generalised_leapfrog_steps_of_rhvae(compare, flat):
         found = model.log_likelihood(x, 4)
     for i in range(BATCH):
         root = turned(other.G_inv(start(other, x[i : i + 1], draws[0, :, i])), draws[1, :, i])
-        # they draw gamma twice
+        # theirs draws gamma twice
         nll.append(nll_of(other, x[i], 4, draws[0, :, i], draws[1, :, i], root))
     reason = "theirs leaves out the volume by which cooling scales, sqrt(beta_0)^D"
     row.deviates(f"log-likelihood, {where}", found, nll, reason, follows="ours")
@@ -291,7 +291,7 @@ def test_samples_of_rhvae(compare):
 
 
 def concentrated(offset: float) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Mean direction, and the parameter of which theirs makes our concentration: softplus plus an offset."""
+    """Mean direction, and their parameter for our concentration: softplus plus an offset."""
 
     def head(out: Tensor) -> dict[str, Tensor]:
         kappa = LATENT * nn.functional.softplus(out[:, -1:]) + 1

@@ -22,7 +22,7 @@ RANGE = {"data_range": 1.0, "size_average": False}
 
 
 def window(width: int, channels: int) -> dict[str, Tensor]:
-    """Theirs would be rounded to float32."""
+    """Their window in float64; theirs would round it to float32."""
     win = torch.from_numpy(gaussian(width, 1.5 * width / 11))
     return {"win": (win / win.sum()).expand(channels, 1, 1, width)}
 
@@ -36,7 +36,7 @@ def test_multiscale_similarity(compare, channels):
     shape = (channels, 64, 64)
     model = aezoo.create_model("msssim_vae", shape, window=WINDOW, hidden_dims=(8,), likelihood="gaussian").double()
     x, draw = torch.rand(2, channels, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3), torch.randn(2, 16)
-    with torch.no_grad():  # reconstructions that resemble the images
+    with torch.no_grad():  # so that reconstructions resemble the images
         last = [p for p in model.decoder.parameters() if p.ndim == 1][-1]
         last.copy_(x.mean(0).flatten())
     with noise([draw]):
@@ -57,7 +57,7 @@ def test_multiscale_similarity(compare, channels):
     )
     theirs = pytorch_msssim.ms_ssim(x_hat, x, **RANGE, **win)
     with_reference.deviates("MS-SSIM", similarity, theirs, border + colour * (channels > 1), follows="both")
-    # of theirs at each scale
+    # computed from their parts at each scale
     product, a, b = torch.ones(2), x_hat, x
     for m, exponent in enumerate(EXPONENTS):
         coarsest = m == len(EXPONENTS) - 1

@@ -16,7 +16,7 @@ from aezoo.models.classic.topological_ae import pairing
 
 
 def merging_edges(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Where components merge: the distances of Ripser's diagram of dimension 0, and the edges that have them."""
+    """The distances at which components merge, by Ripser's diagram of dimension 0, and the edges of these lengths."""
     deaths = ripser.ripser(a.detach().numpy(), maxdim=0, distance_matrix=True)["dgms"][0][:, 1]
     deaths = torch.from_numpy(deaths[np.isfinite(deaths)])
     rows, columns = torch.triu_indices(len(a), len(a), 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aezoo.io.exporters.sae_lens import save_sae_lens
 
-with warnings.catch_warnings():  # of packages that it imports
+with warnings.catch_warnings():  # warnings of packages that it imports
     warnings.simplefilter("ignore")
     from sae_lens.saes import abstopk_sae, gated_sae, jumprelu_sae, matching_pursuit_sae, sae, standard_sae, topk_sae
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
@@ -48,7 +48,7 @@ def training_class(kind: str) -> tuple[Any, Any]:
 
 
 def theirs(kind: str, model: Any, d_in: int = X, **settings: Any) -> tuple[Any, Pairs]:
-    """Their model with our weights, and the pairs of parameters: theirs as they lie in ours."""
+    """Their model with our weights, and the pairs of parameters, theirs in the layout of ours."""
     made, config = training_class(kind)
     other = made(config(d_in=d_in, d_sae=N, dtype="float64", **settings))
     pairs = {"W_dec": (model.decoder.W_NX, other.W_dec), "b_dec": (model.decoder.b_X, other.b_dec)}
@@ -66,12 +66,12 @@ def theirs(kind: str, model: Any, d_in: int = X, **settings: Any) -> tuple[Any, 
 
 
 def step(other: Any, x: Tensor, dead: Tensor | None = None, **coefficients: float) -> Any:
-    """Their step of training, without the step itself."""
+    """Their training step, without the update."""
     return other.training_forward_pass(sae.TrainStepInput(x, coefficients, dead, 0, False))
 
 
 def gradients(ours: Tensor, expected: Tensor, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
-    """Gradients of both losses by all parameters, as they lie in ours; those without one are 0."""
+    """Gradients of both losses for all parameters, in the layout of ours; those without one are 0."""
     found = torch.autograd.grad(ours, [a for a, _ in pairs.values()], retain_graph=True, allow_unused=True)
     other = torch.autograd.grad(expected, [b for _, b in pairs.values()], retain_graph=True, allow_unused=True)
     result = {}
@@ -87,7 +87,7 @@ def equal_gradients(comparison: Any, ours: Tensor, expected: Tensor, pairs: Pair
 
 
 def radial_part_removed(model: Any, gradient: Tensor) -> Tensor:
-    """As before each step of our optimisers."""
+    """Remove the radial part of a gradient, as before each step of our optimisers."""
     directions = copy.deepcopy(model.decoder)
     directions.W_NX.grad = gradient.clone()
     directions.remove_parallel_gradient()
@@ -138,7 +138,7 @@ def test_gated_sae_equals_gated_sae_but_for_the_frozen_decoder(compare):
 @pytest.mark.parametrize("target", [0.0, 3.0])
 def test_jumprelu_sae_equals_jumprelu_sae(compare, target):
     settings = {"l0_weight": 0.7, "threshold": 0.5, "bandwidth": 0.8, "target_l0": target}
-    # their penalty of a target is that of each sample, ours that of the batch: the same for one sample
+    # their penalty is computed for each sample, ours for the batch: they are equal for one sample
     model, x = build("jumprelu_sae", **settings), data(1 if target else 50)
     assert (model.theta_N > 0).any() and (model.theta_N < 0.4).any()
     mode = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": target} if target else {}
@@ -164,7 +164,7 @@ def test_jumprelu_sae_equals_jumprelu_sae(compare, target):
 def test_topk_saes_equal_topk_saes(compare, name, kind, dead):
     model, x = with_dead(name, dead, k=3, k_aux=X // 2, aux_weight=0.7), data()
     with torch.no_grad():
-        # for TopK, whose AuxK has a ReLU here
+        # their AuxK has a ReLU for TopK
         model.encoder.bias[dead] = 4 if kind == "TopK" else 0.5
         if kind == "AbsTopK":
             model.encoder.bias[::2] *= -1
@@ -219,7 +219,7 @@ BATCH = {"batch_topk_sae": "BatchTopK", "matryoshka_sae": "MatryoshkaBatchTopK"}
 
 
 def batch_pair(name: str) -> tuple[Any, Any, Pairs]:
-    """A BatchTopK model and theirs, some samples of which have more than k latents."""
+    """A BatchTopK model and theirs; some samples have more than k active latents."""
     prefixes = {"fractions": (0.25, 0.5)} if name == "matryoshka_sae" else {}
     model = with_dead(name, k=3, k_aux=X // 2, aux_weight=0.7, **prefixes)
     if prefixes:
@@ -261,7 +261,7 @@ def test_batch_topk_saes_equal_batch_topk_saes(compare, name):
     fresh, other, _ = batch_pair(name)
     fresh.loss(x), step(other, x, dead_mask())
     comparison.deviates("threshold after a step", fresh.theta.value, other.topk_threshold, reason, follows="ours")
-    fresh.theta.value *= 0.9  # an activation that is equal to it fires here only
+    fresh.theta.value *= 0.9  # so that no activation equals it, which is active in ours only
     # in evaluation theirs is a JumpReLU SAE
     state = {key: value.detach().clone() for key, value in other.state_dict().items()}
     state["topk_threshold"] = fresh.theta.value.detach()
@@ -294,9 +294,9 @@ def test_temporal_sae_equals_temporal_sae(compare):
     other, context = TemporalSAE(config), model.context
     attention, width = other.attn_layers[0], other.lam
     with torch.no_grad():
-        # SAELens scales the codes' input, and has no bias there
+        # SAELens scales the encoder's input and has no encoder bias
         model.encoder.bias.zero_()
-        attention.v_ctx.bias.zero_()  # ours has none: the output's bias absorbs it
+        attention.v_ctx.bias.zero_()  # the bias of the output has the same effect
     weights = {
         "W_dec": (model.decoder.W_NX, other.W_dec), "b_dec": (model.decoder.b_X, other.b_dec),
         "q": (context.query.weight, attention.q_target.weight), "k": (context.key.weight, attention.k_ctx.weight),

@@ -27,7 +27,7 @@ def data(n: int, d: int) -> Tensor:
     return torch.randn(n, d) @ torch.randn(d, d) / d + torch.rand(d)
 
 
-# ---- principal components -------------------------------------------------------------------------------------------
+# ---- principal components --------------------------------------------------------------------------------------------
 
 
 def test_linear_model_at_the_principal_components(compare):
@@ -47,7 +47,7 @@ def test_linear_model_at_the_principal_components(compare):
     row.equal("codes", model.encode(x), codes)
     row.equal("reconstructions", model(x), back)
     row.equal("loss", loss, np.square(x.numpy() - back).sum(1).mean() + d / 2 * math.log(math.pi))
-    # no step of gradient descent leads away
+    # its gradient is 0
     gradients = torch.autograd.grad(loss, [*model.parameters()])
     row.equal("1 + size of the gradient at the optimum", 1 + sum(g.abs().sum() for g in gradients), torch.tensor(1.0))
 
@@ -58,7 +58,7 @@ def test_probabilistic_principal_components(compare):
     pca = PCA(k).fit(x.numpy())
     noise_std = math.sqrt(pca.noise_variance_)
     model = aezoo.create_model("vae", (d,), latent_dim=k, hidden_dims=(), likelihood=f"gaussian:{noise_std!r}").double()
-    # Tipping & Bishop 1999: the maximum likelihood, with orthogonal axes, whose posterior is diagonal
+    # Tipping & Bishop 1999: the maximum likelihood with orthogonal axes, whose posterior is diagonal
     axes = torch.from_numpy(pca.components_.T * np.sqrt(pca.explained_variance_ - pca.noise_variance_))
     mean, inverse = torch.from_numpy(pca.mean_), torch.from_numpy(1 / pca.explained_variance_)
     with torch.no_grad():
@@ -71,20 +71,20 @@ def test_probabilistic_principal_components(compare):
     expected, eps = pca.score_samples(x.numpy()), torch.randn(3, n, k)
     row = compare("vae", "scikit-learn", "decomposition.PCA")
     with noise([eps]):
-        # the posterior is exact, so that all weights are equal
+        # all weights are equal, since the posterior is exact
         row.equal("log_likelihood", model.log_likelihood(x, 3), expected)
     signs = torch.randn(n, k).sign()
     losses = []
     for draw in (signs, -signs):
         with noise([draw]):
             losses.append(model.loss(x)["loss"])
-    # a mean over noise of both signs is that over N(0, I) for a quadratic function with orthogonal axes
+    # for a quadratic function with orthogonal axes, the mean over noise of both signs is that over N(0, I)
     row.equal("loss", sum(losses) / 2, -expected.mean())
     gradients = torch.autograd.grad(sum(losses), [*model.encoder.parameters()])
     row.equal("1 + size of the gradient at the optimum", 1 + sum(g.abs().sum() for g in gradients), torch.tensor(1.0))
 
 
-# ---- mixtures -------------------------------------------------------------------------------------------------------
+# ---- mixtures --------------------------------------------------------------------------------------------------------
 
 
 def fitted(kind: str, weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
@@ -126,7 +126,7 @@ def test_mixture_of_codes_and_errors(compare):
     row.equal("energy", model.energy(z, phi, mu, sigma), -theirs.score_samples(z.numpy()))
 
 
-# ---- kernels --------------------------------------------------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 def discrepancy(kernel: Any, a: np.ndarray, b: np.ndarray, unbiased: bool) -> float:
@@ -162,7 +162,7 @@ def test_discrepancies(compare, name, kind):
     row.equal(f"mmd{', V-statistic' if biased else ''}", model.mmd(codes, prior), np.float64(expected))
 
 
-# ---- sparse codes ---------------------------------------------------------------------------------------------------
+# ---- sparse codes ----------------------------------------------------------------------------------------------------
 
 
 def test_orthogonal_matching_pursuit(compare):
@@ -182,7 +182,7 @@ def test_orthogonal_matching_pursuit(compare):
     row.equal("loss", model.loss(x)["nll"], np.float64(loss))
 
 
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 NETWORKS = [
@@ -225,7 +225,7 @@ def test_networks_as_regressions(compare, name, activation, settings):
     reason = "theirs is half the mean squared error, ours the sum over a sample's values"
     constant = d / 2 * math.log(math.pi)
     row.scaled("loss without its constant", found - constant, np.float64(theirs.loss_), 2 * d, reason)
-    # of one step of gradient descent; unlike the value, it is that of the sum
+    # the gradient of one step of gradient descent, which is that of the sum, unlike the value
     pairs, surrogate = [], torch.zeros(())
     for part, now, was in (("weight", theirs.coefs_, before[0]), ("bias", theirs.intercepts_, before[1])):
         for new, old, layer in zip(now, was, linears, strict=True):
@@ -235,7 +235,7 @@ def test_networks_as_regressions(compare, name, activation, settings):
     row.equal_gradients(found, surrogate, pairs, scale=2, reason="theirs is of half the squared error")
 
 
-# ---- one-class machines ---------------------------------------------------------------------------------------------
+# ---- one-class machines ----------------------------------------------------------------------------------------------
 
 
 def test_one_class_machine(compare):
@@ -251,7 +251,7 @@ def test_one_class_machine(compare):
         model.rho.fill_(float(theirs.offset_[0]) / scale)
     found = model.loss(x)
     row = compare("ae1svm", "scikit-learn", "svm.OneClassSVM")
-    # strong duality: the objective at the optimum is that of the dual problem
+    # strong duality: the optimal objective equals that of the dual problem
     dual = -0.5 * np.square(theirs.coef_[0] / scale).sum()
     row.equal("svm at its optimum", found["svm"], dual)
     reason = "libsvm's multipliers sum to nu times the number of samples, the paper's to 1"

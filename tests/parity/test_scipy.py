@@ -1,4 +1,4 @@
-"""Likelihoods and densities on the sphere beside scipy.stats, and torch.distributions where scipy has none."""
+"""Likelihoods and densities on the sphere compared with scipy.stats, or torch.distributions where scipy has none."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ def create(name: str, likelihood: str | None) -> Any:
 
 
 def levels() -> Tensor:
-    """Bytes by 255, with both ends."""
+    """Bytes divided by 255, with both ends."""
     x = torch.randint(256, (BATCH, *SHAPE))
     x[0, 0], x[0, 1] = 0, 255
     return x / 255
@@ -42,11 +42,11 @@ def beta_binomial(x: Any, params: Any) -> Any:
 
 def logit_laplace(x: Any, params: Any) -> Any:
     y = 0.8 * x + 0.1
-    # the density of x by that of logit y and its slope
+    # change of variables from x to logit y
     return stats.laplace.logpdf(logit(y), params, SCALE) + np.log(0.8 / (y * (1 - y)))
 
 
-# model, likelihood, log-density of values at a decoder's outputs, data, what of scipy
+# model, likelihood, log-density of values given decoder outputs, kind of data, function of scipy
 DENSITIES = [
     ("vae", "bernoulli", lambda x, p: stats.bernoulli.logpmf(x, expit(p)), "binary", "bernoulli"),
     ("vae", f"gaussian:{SCALE}", lambda x, p: stats.norm.logpdf(x, p, SCALE), "unit", "norm"),
@@ -88,7 +88,7 @@ def test_log_likelihood_of_continuous_bernoulli(compare):
 def test_means_of_discrete_likelihoods(compare):
     params = torch.randn(*SHAPE)
     model = create("vae", f"discretised_logistic:{SCALE}")
-    # of a logistic variable that is clipped to [0, 1]
+    # the mean of a logistic variable clipped to [0, 1]
     expected = [quad(stats.logistic(p, SCALE).sf, 0, 1)[0] for p in params.tolist()]
     row = compare("vae", "scipy", "stats.logistic, integrate.quad")
     row.equal("mean of discretised_logistic", model.likelihood.mean(params), np.array(expected))
@@ -107,14 +107,14 @@ def test_densities_of_von_mises_and_fisher(compare, d):
     density = [one.logpdf(at) for one, at in zip(theirs, z.numpy(), strict=True)]
     row.equal("log-density of codes, vmf", FAMILIES["vmf"](d).log_prob(z, mean, kappa), np.array(density))
     entropy = np.array([one.entropy() for one in theirs])
-    # KL to the uniform distribution, whose log-density is the logarithm of the sphere's area with the other sign
+    # the log-density of the uniform distribution is minus the logarithm of the sphere's area
     at_zero = stats.vonmises_fisher(mean[0].numpy(), 1e-12).logpdf(z[0].numpy())
     row.equal("log-density of the prior", model.log_prior(z)[0], at_zero)
     row.equal("kl of vmf", model.kl(mean, kappa[:, None].expand(BATCH, d)), -entropy - at_zero)
 
 
 class Kummer(torch.autograd.Function):
-    """scipy's 1F1(1/2; b; -s), whose derivative is the next of its kind (https://dlmf.nist.gov/13.3.E15)."""
+    """scipy's 1F1(1/2; b; -s), with its derivative (https://dlmf.nist.gov/13.3.E15)."""
 
     @staticmethod
     def forward(ctx: Any, s: Tensor, b: float) -> Tensor:

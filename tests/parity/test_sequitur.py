@@ -1,6 +1,6 @@
 """The LSTM autoencoder of sequitur (Shobrook 2020), and its training on sequences of different lengths.
 
-It takes one sequence at a time, (L, F), and gives the decoder the code at each step, as ours does.
+It takes one sequence at a time, (L, F), and its decoder reads the code at each step, as ours does.
 
 Source: https://github.com/shobrook/sequitur
 """
@@ -23,7 +23,7 @@ F, L, CODE, PAD = 3, 7, 4, -1.0
 
 
 class ForBatch(nn.Module):
-    """A part of theirs as a part of ours, for batches of one sequence."""
+    """One of their networks in our interface, for batches of one sequence."""
 
     def __init__(self, net: nn.Module, *more: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ForBatch(nn.Module):
 
 
 class ForSequence(nn.Module):
-    """A model of ours as theirs: reconstructs one sequence of any length, by a model of that length without padding."""
+    """One of our models in their interface: reconstructs one sequence of any length, without padding."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def test_loss_on_networks_of_theirs(compare):
     row.equal("code", model.encode(x.T[None])[0], theirs.encoder(x))
     row.equal("reconstruction", model(x.T[None])[0].T, theirs(x))
     row.equal("loss without its constant", loss - F * L / 2 * math.log(math.pi), expected)
-    # of which theirs has left the gradients
+    # gradients left by their training
     of_theirs = sum((p * p.grad.clone()).sum() for p in theirs.parameters())
     row.equal_gradients(loss, of_theirs, zip(net.parameters(), theirs.parameters(), strict=True))
 

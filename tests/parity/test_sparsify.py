@@ -11,7 +11,7 @@ import torch
 from sae_models import DEAD, N, X, build, data, dead_mask, with_dead, without_constant
 from torch import Tensor
 
-with warnings.catch_warnings():  # of packages that it imports
+with warnings.catch_warnings():  # warnings of packages that it imports
     warnings.simplefilter("ignore")
     from sparsify import SparseCoder, SparseCoderConfig
 
@@ -34,7 +34,7 @@ def theirs(model: Any, **settings: Any) -> tuple[SparseCoder, Pairs]:
 
 
 def scale_of(y: Tensor) -> float:
-    """What their fractions are multiplied by to be ours."""
+    """The factor between their fractions and our sums."""
     return (y - y.mean(0)).square().sum(1).mean().item()
 
 

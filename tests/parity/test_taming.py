@@ -1,7 +1,7 @@
 """Losses of taming-transformers around copies of our networks (Esser et al. 2020).
 
-Source: https://github.com/CompVis/taming-transformers; taming.models needs a Lightning of 2021. Its loss is a mean over
-the X values of a sample, and its codes' loss one over the P D values of a code, where ours are sums.
+Source: https://github.com/CompVis/taming-transformers; taming.models needs a Lightning version of 2021. Its loss is a
+mean over the X values of a sample, and its codebook loss a mean over the P D values of a code, where ours are sums.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import aezoo
 
-# transformers 5 has no such function any more, which only samplers call
+# removed in transformers 5, and only used by samplers
 with mock.patch.object(transformers, "top_k_top_p_filtering", None, create=True):
     from taming.modules.transformer.mingpt import GPT
 
@@ -31,7 +31,7 @@ def data() -> Tensor:
 
 
 def made(name: str, **settings: Any) -> Any:
-    """A model away from its initial weights."""
+    """A model with random offsets added to its initial weights."""
     fixed = {"hidden_dims": (6,), "net": "resnet", "latent_dim": D, "codebook_size": K}
     model = aezoo.create_model(name, SHAPE, **fixed, **settings).double().train()
     with torch.no_grad():
@@ -41,7 +41,7 @@ def made(name: str, **settings: Any) -> Any:
 
 
 def ours(name: str, **settings: Any) -> Any:
-    """A model whose codes, trained by gradient, are all in use."""
+    """A model whose codes are trained by gradient and all in use."""
     model = made(name, data_init=False, dead_below=0.0, update="gradient", **settings)
     with torch.no_grad():
         rows = model.encoder(data()).movedim(1, -1).flatten(0, -2)
@@ -91,7 +91,7 @@ def test_vqgan(compare, started, weak):
     weights = {"beta": 0.25, "perceptual_weight": 0.7, "discriminator_weight": 0.6, "discriminator_dims": (6, 8)}
     model, x = ours("vqgan", discriminator_start=start, **weights), data()
     with torch.no_grad():
-        model.discriminator[-1].bias.fill_(1)  # where the hinge of some samples is flat
+        model.discriminator[-1].bias.fill_(1)  # the hinge of some samples has zero slope
         model.discriminator[-1].weight.mul_(1e-4 if weak else 1)
     other, quantiser = copy.deepcopy(model), their_quantiser(model, 0.25)
     loss = their_loss(model.distance, other.discriminator, disc_start=start, codebook_weight=P * D / X)
@@ -128,7 +128,7 @@ def test_vqgan(compare, started, weak):
 
 
 def gumbel_draws(draw: Tensor) -> Any:
-    """Exponential variables for either layout, ours (B, P, K) or theirs (B, K, H, W)."""
+    """Exponential variables in our layout, (B, P, K), or theirs, (B, K, H, W)."""
 
     def fill(out: Tensor) -> Tensor:
         return out.copy_(draw if out.ndim == 3 else draw.movedim(2, 1).reshape(out.shape))
@@ -166,7 +166,7 @@ def test_gumbel_vq_vae(compare, name, hard, training):
 
 
 def test_index_transformer(compare):
-    """Their GPT with one table for input and output, as GPT-2 has, and no bias of queries, keys and values."""
+    """Their GPT with tied input and output embeddings, as in GPT-2, and without bias of queries, keys and values."""
     width, depth = 32, 2
     tokenizer = {"model": "vq_vae", "latent_dim": D, "codebook_size": K, "hidden_dims": (6,)}
     settings = {"tokenizer": tokenizer, "width": width, "depth": depth, "dropout": 0.0}

@@ -19,7 +19,7 @@ SHAPE, X = (3, 8, 8), 192
 MODELS: dict[str, dict[str, Any]] = {
     "autoencoder_kl": {},
     "asymmetric_kl": {},
-    # what they add is not in taming
+    # without the terms that taming-transformers does not have
     "eq_vae": {"equivariance": 0.0},
     "va_vae": {"alignment_weight": 0.0},
     "representation_ae": {},

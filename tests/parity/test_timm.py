@@ -24,7 +24,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 def copied(a: nn.Module, b: nn.Module, parameters: Pairs) -> nn.Module:
-    """`b` with the weights of `a`, whose pairs are added to `parameters`."""
+    """Copy the weights of `a` to `b`, add the pairs to `parameters`, and return `b`."""
     parameters += copy_parameters(a, b)
     return b
 
@@ -32,7 +32,7 @@ def copied(a: nn.Module, b: nn.Module, parameters: Pairs) -> nn.Module:
 def transformer(
     layers: list[nn.Module], parameters: Pairs, embed: nn.Module | None, out: nn.Linear | None
 ) -> nn.Module:
-    """Timm's with the weights of our blocks; `embed` takes the place of its embedding."""
+    """Timm's transformer with the weights of our blocks; `embed` replaces its embedding."""
     place, *blocks, norm = layers
     other = VisionTransformer(
         img_size=16, patch_size=2, num_classes=out.out_features if out else 0, global_pool="", embed_dim=WIDTH,
@@ -48,7 +48,7 @@ def transformer(
             copied(x, y, parameters)
         qkv = b.attn.qkv
         qkv.weight.data.copy_(a.attention.qkv.weight)
-        # keys and values have no bias here
+        # keys and values have no bias in ours
         bias = a.attention.bias_q.detach().clone().requires_grad_()
         del qkv.bias
         qkv.bias = F.pad(bias, (0, 2 * WIDTH))
@@ -75,7 +75,7 @@ def mlp_mixer(layers: list[nn.Module], parameters: Pairs, embed: nn.Module | Non
 def finished(
     other: nn.Module, first: str, embed: nn.Module | None, out: nn.Linear | None, parameters: Pairs
 ) -> nn.Module:
-    if isinstance(embed, nn.Linear):  # of patches, which theirs cuts by a convolution
+    if isinstance(embed, nn.Linear):  # theirs splits patches by a convolution
         copied(embed, getattr(other, first).proj, parameters)
     else:
         setattr(other, first, embed)
@@ -91,7 +91,7 @@ def vit_networks(model: Any, parameters: Pairs) -> tuple[nn.Module, nn.Module]:
     for net in (model.encoder, model.decoder):
         layers = [*net.children()]
         inner = [i for i, layer in enumerate(layers) if isinstance(layer, (kind, vit.Positions))]
-        start, end = inner[0], inner[-1] + 2  # with the normalisation
+        start, end = inner[0], inner[-1] + 2  # including the normalisation
         before, after = layers[:start], layers[end:]
         if net is model.encoder:
             body = build(layers[start:end], parameters, before[-1], None)
@@ -130,7 +130,7 @@ def test_networks(compare, name, net, part, build):
     dims = (16, 32) if net == "convnext" else (WIDTH, WIDTH)
     model = aezoo.create_model(name, SHAPE, net=net, hidden_dims=dims, activation="gelu", latent_dim=6).double()
     with torch.no_grad():
-        for p in model.parameters():  # norms with weight 1 and biases of 0 would hide mistakes
+        for p in model.parameters():  # so that weights of norms are not 1, and biases not 0
             p.add_(0.05 * torch.randn_like(p))
     parameters: Pairs = []
     encoder, decoder = (part.double() for part in build(model, parameters))

@@ -1,4 +1,4 @@
-"""Jacobians, divergences, covariances and densities of torch in the places where models write formulas of their own."""
+"""Jacobians, divergences, covariances and densities of torch, compared with formulas of the models."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ D, CODE, BATCH = 6, 3, 7
 
 
 def create(name: str, **settings: Any) -> tuple[Any, Any, list[tuple[Tensor, Tensor]]]:
-    """Ours, a copy of it and the pairs of their parameters."""
+    """Our model, a copy of it and the pairs of their parameters."""
     model = aezoo.create_model(name, (D,), latent_dim=CODE, **settings).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,7 +32,7 @@ def cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
 
 
 def squared_error(back: Tensor, x: Tensor) -> Tensor:
-    """The -log-density of N(back, 1/2)."""
+    """The negative log-density of N(back, 1/2)."""
     return (x - back).square().sum(1).mean() + D / 2 * math.log(math.pi)
 
 
@@ -94,7 +94,7 @@ def test_laplace_prior(compare):
     x = torch.rand(BATCH, D)
     found, h = model.loss(x), other.encoder(x).relu()
     prior = Laplace(0.0, 1 / 0.4)
-    # up to the density's value at 0
+    # relative to the density at 0
     penalty = (prior.log_prob(torch.zeros_like(h)) - prior.log_prob(h)).sum(1).mean()
     expected = cross_entropy(other.decoder(h), x) + penalty
     row = compare("sparse_ae_l1", "torch", "distributions.Laplace")
@@ -109,7 +109,7 @@ def test_memory(compare):
     x = torch.rand(BATCH, D)
     found = model.loss(x)
     weights = F.cosine_similarity(other.encoder(x)[:, None], other.memory_ND[None], dim=2).softmax(1)
-    # equation 6 with the cut, and equation 7
+    # hard shrinkage, equations 6 and 7
     shrunk = F.threshold(weights, 1 / 8, 0.0)
     assert (shrunk.sum(1) > 0).all() and (shrunk == 0).any()
     address = shrunk / shrunk.sum(1, keepdim=True)

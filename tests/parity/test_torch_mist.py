@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import aezoo
 
-# of distutils
+# warnings of distutils
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch_mist.estimators.discriminative.implementations.mine import MINE
@@ -34,7 +34,7 @@ class Critic(nn.Module):
 
 
 class NextCodes:
-    """Pairs of samples and the codes of the next ones, as ours."""
+    """Pairs of samples and the codes of the next samples, as in ours."""
 
     def __init__(self, codes: Tensor) -> None:
         self.codes = codes
@@ -58,7 +58,7 @@ def test_loss_with_mutual_information(compare):
     estimator = MINE(Critic(other.discriminator), gamma=DECAY).double()
     estimator.proposal = NextCodes(z)
     at_first = copy.deepcopy(estimator._train_baseline)
-    # ours starts the moving average at 1, where T is 0
+    # the moving average of ours starts at 1, where T is 0
     estimator._train_baseline.ema = torch.ones(())
     bound = estimator.batch_loss(x, z).mean()
     nll = F.binary_cross_entropy_with_logits(other.decoder(z), x, reduction="none").sum(1).mean()

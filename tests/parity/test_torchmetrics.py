@@ -13,7 +13,7 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 import aezoo
 
 SHAPE, LATENT, BATCH = (2, 24, 26), 3, 4
-# of five scales two hold a window of 11
+# the first two of five scales are larger than a window of 11
 EXPONENTS = tuple(a / (0.0448 + 0.2856) for a in (0.0448, 0.2856))
 
 
@@ -26,7 +26,7 @@ def test_similarity_loss(compare):
             parameter.add_(0.2 * torch.randn_like(parameter))
     other, eps = copy.deepcopy(model), torch.randn(BATCH, LATENT)
     mean, log_var = other.encoder(torch.rand(BATCH, *SHAPE)).chunk(2, 1)
-    # images that resemble the reconstructions
+    # images similar to the reconstructions
     x = (other.decoder(mean) + 0.5 * torch.randn(BATCH, *SHAPE)).sigmoid().detach()
     with noise([eps]):
         found = model.loss(x)

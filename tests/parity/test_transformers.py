@@ -44,13 +44,13 @@ Pairs = list[tuple[Tensor, Tensor]]
 def ours(name: str, **settings: Any) -> Any:
     model = aezoo.create_model(name, SHAPE, patch_size=PATCH, width=WIDTH, depth=DEPTH, **settings).double()
     with torch.no_grad():
-        for p in model.parameters():  # norms with weight 1 and biases of 0 would hide mistakes
+        for p in model.parameters():  # so that weights of norms are not 1, and biases not 0
             p.add_(0.05 * torch.randn_like(p))
     return model
 
 
 def copy_blocks(blocks: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> Pairs:
-    """Copy our blocks and the normalisation behind them; gives the pairs of parameters."""
+    """Copy our blocks and the final normalisation, and return the pairs of parameters."""
     *ours, last = blocks.children()
     parameters = copy_parameters(last, norm)
     for a, b in zip(ours, layers, strict=True):
@@ -61,7 +61,7 @@ def copy_blocks(blocks: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> Pa
         ):  # fmt: skip
             parameters += copy_parameters(x, y)
         weight, bias = (p.detach().clone().requires_grad_() for p in (a.attention.qkv.weight, a.attention.bias_q))
-        # keys and values have no bias here
+        # keys and values have no bias in ours
         for part, rows in zip((attention.q_proj, attention.k_proj, attention.v_proj), weight.chunk(3), strict=True):
             del part.weight, part.bias
             part.weight, part.bias = rows, None
@@ -75,7 +75,7 @@ def without_class_token(samples: int, patches: int) -> Tensor:
 
 
 class WithoutClassToken(nn.Module):
-    """A layer of a decoder, which hands no mask to it."""
+    """A decoder layer called without a mask."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_masked_autoencoder(compare, norm_pix):
     params.append((model.decoder.mask_token, decoder.mask_token))
     params += copy_blocks(model.decoder.blocks, decoder.decoder_layers, decoder.decoder_norm)
     decoder.decoder_layers = nn.ModuleList(map(WithoutClassToken, decoder.decoder_layers))
-    # the values of a patch are channel by channel here, place by place there
+    # the values of a patch are ordered by channel in ours, by position in theirs
     for key in ("weight", "bias"):
         mine = getattr(model.decoder.out, key)
         copied = mine.detach().clone().requires_grad_()
@@ -118,10 +118,10 @@ def test_masked_autoencoder(compare, norm_pix):
         noise = torch.rand(3, PATCHES)
     theirs = other(x, noise=noise, attention_mask=without_class_token(3, PATCHES // 4))
     with_reference = compare("mae", "transformers", "ViTMAEForPreTraining" + (", norm_pix_loss" if norm_pix else ""))
-    # of the density of variance 1/2
+    # constant of the density of variance 1/2
     squared = found["nll"] - VALUES / 2 * math.log(math.pi)
     with_reference.scaled("nll without its constant", squared, theirs.loss, VALUES, SUMS)
-    # what the model adds, the scale of normalised patches, reaches none of these
+    # the scale head of our model has no effect on these
     with_reference.equal_gradients(found["loss"], theirs.loss, params, "gradient", VALUES, SUMS)
     encoder.config.mask_ratio = 0.0
     order = torch.arange(PATCHES, dtype=torch.float64).expand(3, -1)
@@ -133,7 +133,7 @@ def test_masked_autoencoder(compare, norm_pix):
 
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_imported_masked_autoencoder(compare, tmp_path, norm_pix):
-    """With its class token, its heads, its epsilon and images normalised by ImageNet's mean and deviation."""
+    """With its class token, heads and epsilon, and images normalised by ImageNet's mean and deviation."""
     config = ViTMAEConfig(
         **SETTINGS | {"num_attention_heads": 4, "layer_norm_eps": 1e-12}, mask_ratio=0.6, norm_pix_loss=norm_pix,
         decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
@@ -185,7 +185,7 @@ def test_simple_masked_image_modelling(compare):
     with_reference = compare("simmim", "transformers", "ViTForMaskedImageModeling")
     absolute = found["nll"] - VALUES * math.log(2)
     with_reference.scaled("nll without its constant", absolute, theirs.loss, VALUES, SUMS)
-    # what the model adds, a layer that reads visible patches, reaches none of these
+    # the extra layer of our model, which reads visible patches, has no effect on these
     with_reference.equal_gradients(found["loss"], theirs.loss, params, "gradient", VALUES, SUMS)
     tokens = encoder(x, attention_mask=seen).last_hidden_state[:, 1:]
     with_reference.equal("code", model.encode(x).flatten(2).mT, tokens)
@@ -212,7 +212,7 @@ def test_encoder_of_joint_embeddings(compare):
 
 
 class Tokens(nn.Module):
-    """Gives tokens in place of an image's."""
+    """Returns given tokens instead of the embedding of an image."""
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def test_tokens_without_a_grid(compare, name):
         found = blocks(tokens)
         with_reference.equal(f"tokens of the {part}", found, after[part])
         weight = torch.randn_like(found)
-        # with all that makes the tokens, too
+        # including the parameters that make the tokens
         inputs = [
             p for key, p in getattr(model, part).named_parameters() if not key.startswith(("blocks", "out", "bias"))
         ]
@@ -263,7 +263,7 @@ def test_tokens_without_a_grid(compare, name):
 
 
 def transposed(linear: nn.Linear, other: nn.Module, params: Pairs) -> None:
-    """Copy a linear layer to GPT-2's, whose weight has its inputs first, without a bias where ours has none."""
+    """Copy a linear layer to GPT-2's layer, whose weight is transposed, without a bias where ours has none."""
     weight = linear.weight.detach().clone().requires_grad_()
     del other.weight
     other.weight = weight.T
@@ -286,7 +286,7 @@ def test_prior_over_indices(compare):
         embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     other = GPT2LMHeadModel(config).eval()
-    other.config.vocab_size = codes  # of its loss
+    other.config.vocab_size = codes  # vocabulary of its loss
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -297,7 +297,7 @@ def test_prior_over_indices(compare):
         p.detach().clone().requires_grad_() for p in (model.book_QKW, model.start_W, model.position_TW)
     )
     params += [(model.book_QKW, vectors), (model.start_W, start), (model.position_TW, position)]
-    # the start is a token of its own, which is never predicted
+    # the start is an additional token that is never predicted
     del body.wte.weight, other.lm_head.weight, body.wpe.weight
     body.wte.weight, other.lm_head.weight = torch.cat([vectors[0], start[None]]), vectors[0]
     body.wpe.weight = torch.cat([position, torch.zeros(1, width)])
@@ -330,7 +330,7 @@ def test_codes_by_logits(compare, name):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    # the codebook of DALL-E, with our encoder in place of its convolutions
+    # the codebook of DALL-E, with our encoder instead of its convolutions
     other = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=11))
     other.blocks = copy.deepcopy(model.encoder)
     x = torch.rand(4, *SHAPE)

@@ -1,7 +1,7 @@
 """Quantisers of vector-quantize-pytorch between copies of our networks.
 
 Source: https://github.com/lucidrains/vector-quantize-pytorch. Its losses are means over rows and channels; ours are
-sums over the P places and D channels of a sample, so that its weights here are P D times ours.
+sums over the P positions and D channels of a sample, so that its weights here are P D times ours.
 """
 
 import copy
@@ -25,7 +25,7 @@ Quantise = Callable[[Tensor], tuple[Tensor, ...]]
 
 @pytest.fixture(autouse=True)
 def _in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They cast to float32 before they compare."""
+    """Theirs casts to float32 before it compares."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
@@ -48,17 +48,17 @@ def rows_of(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def codes_near(z: Tensor, size: int = K) -> Tensor:
-    """Codes in use: rows with noise."""
+    """Codes that are all in use: rows with noise."""
     rows = rows_of(z)
     return rows[torch.randperm(len(rows))[:size]] + 0.3 * rows.std() * torch.randn(size, rows.shape[1])
 
 
 class Theirs:
-    """Copies of our networks with a quantiser between them.
+    """Copies of our networks with their quantiser between them.
 
     Args:
         model: ours.
-        quantise: theirs, z to codes, indices and a weighted loss.
+        quantise: their quantiser, from z to codes, indices and a weighted loss.
         x: samples.
     """
 
@@ -84,7 +84,7 @@ class Theirs:
 
 
 def vq(model: Any, codes: Tensor, **options: Any) -> peer.VectorQuantize:
-    """Theirs with our codes; eps of 0, since the paper smooths no counts."""
+    """Theirs with our codes, and eps of 0, since the paper does not smooth counts."""
     options = {"threshold_ema_dead_code": 0, "eps": 0.0, "rotation_trick": False, **options}
     made = peer.VectorQuantize(dim=model.latent_dim, codebook_size=model.codebook_size, **options).double().train()
     with torch.no_grad():
@@ -388,7 +388,7 @@ def spread(model: Any) -> None:
 def test_fsq_vae(compare, levels):
     model, x = ours("fsq_vae", levels=levels), data(30)
     spread(model)
-    # where the factor between both bounds moves no value over a threshold
+    # without values that another factor of the bound would round differently
     bounded = model.quantiser.bound(rows_of(model.encoder(x)))
     x = x[((bounded - bounded.round()).abs() < 0.495).unflatten(0, (len(x), P)).flatten(1).all(1)]
     assert len(x) > 5
@@ -474,7 +474,7 @@ def test_qlae(compare, size):
 
 @pytest.mark.parametrize("name", ["lfq_vae", "bsq_vae"])
 def test_lookup_free_models(compare, name):
-    """At a temperature at which no probability is below 1e-5, where their logarithm ends."""
+    """At a temperature at which no probability is below 1e-5, where they clamp logarithms."""
     temperature, w, gamma, beta = (4.0, 0.4, 0.8, 0.3)
     settings = {"temperature": temperature, "entropy_weight": w, "gamma": gamma, "beta": beta}
     model, x = ours(name, latent_dim=D, **settings), data()

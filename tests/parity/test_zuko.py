@@ -30,7 +30,7 @@ def coupling(layer: Any) -> zuko.transforms.Transform:
     fixed = ~layer.moves_D
 
     def element_wise(kept: Tensor) -> zuko.transforms.Transform:
-        # the network reads only what stays, so the other elements may be anything
+        # the network reads only the fixed elements, so the others may have any value
         z = kept.new_full((*kept.shape[:-1], LATENT), torch.pi)
         z[..., fixed] = kept
         shift, scale = (part[..., ~fixed] for part in layer.net(z).chunk(2, -1))
@@ -57,7 +57,7 @@ def test_flow_as_prior(compare, prior, transform):
     q = zuko.distributions.DiagNormal(mean, torch.exp(0.5 * log_var))
     z = mean + torch.exp(0.5 * log_var) * eps
     nll = F.binary_cross_entropy_with_logits(other.decoder(z), x, reduction="none").sum(1)
-    # ours has the KL to N(0, I) in closed form, and what the flow changes at the draw
+    # ours has the KL to N(0, I) in closed form, plus the change by the flow at the draw
     kl = torch.distributions.kl_divergence(q, base.expand((BATCH,))) + base.log_prob(z) - theirs.log_prob(z)
     expected = (nll + 0.7 * kl).mean()
     part = type(transform(other.flow[0])).__name__

@@ -1,4 +1,4 @@
-"""Folders of runs as fits leave them, and their reports for the checks of markup and in Chromium.
+"""Example run folders and their reports, for the checks of markup and in Chromium.
 
 python -m tests.report.example_runs FOLDER
 """
@@ -20,7 +20,7 @@ HOSTILE = "<script>alert('x')</script>\"'&\u202e"
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with the keys of the first as header."""
+    """Write rows with the keys of the first as header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -29,13 +29,13 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_picture(path: Path, side: int = 48) -> None:
-    """A grey picture."""
+    """Write a grey image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((side, 2 * side), 128, np.uint8)).save(path, format="PNG")
 
 
 def write_metrics(folder: Path, train: Sequence[float], val: Sequence[float | None]) -> None:
-    """The losses of each epoch."""
+    """Write the losses of each epoch."""
     rows = [
         {"epoch": i, "step": 63 * (i + 1), "train/loss": t, "train/samples_per_s": 5000 + i, "val/loss": v,
          "val/mse": None if v is None else v / 3000}
@@ -45,7 +45,7 @@ def write_metrics(folder: Path, train: Sequence[float], val: Sequence[float | No
 
 
 def overfitted(n: int = 30) -> tuple[list[float], list[float]]:
-    """Losses of training, which fall, and of validation, which rise again after epoch 17."""
+    """Decreasing training losses, and validation losses that increase after epoch 17."""
     train = [100 + 80 * math.exp(-i / 6) for i in range(n)]
     return train, [loss + 2 + 0.3 * max(0, i - 5) + 0.05 * max(0, i - 10) ** 2 for i, loss in enumerate(train)]
 
@@ -53,7 +53,7 @@ def overfitted(n: int = 30) -> tuple[list[float], list[float]]:
 def write_run(
     folder: Path, model: str = "vae", train: Sequence[float] = (), val: Sequence[float | None] = (), **settings: Any
 ) -> Path:
-    """The folder of a run that ended.
+    """Write the folder of a finished run.
 
     Args:
         folder: to be written.
@@ -72,7 +72,7 @@ def write_run(
         "seed_everything": 0,
         "checkpoints": {"monitor": "val/loss"},
     }
-    # JSON is YAML
+    # JSON is valid YAML
     text = f"# aezoo 0.1.0: all settings of this run\n# aezoo fit --model {model}\n{json.dumps(config)}\n"
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     write_metrics(folder, train, val)
@@ -96,7 +96,7 @@ def write_run(
 
 
 def main(folder: Path) -> None:
-    """Write the report of one run, and of three that differ, with names that hold markup."""
+    """Write the report of one run, and of three that differ, with names that contain markup."""
     first = write_run(folder / "runs" / "vae" / "0")
     others = [
         write_run(folder / "runs" / "vae" / "1", latent_dim=HOSTILE, beta=4.0),

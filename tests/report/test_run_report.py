@@ -1,4 +1,4 @@
-"""The report of runs, from the files in their folders only."""
+"""Reports of runs, made only from the files in their folders."""
 
 import json
 import math
@@ -29,7 +29,7 @@ VOID = {"meta", "link", "img", "path", "circle"}
 
 
 class Page(HTMLParser):
-    """A page's tags, addresses and text; a tag that is not closed in order is a failure."""
+    """A page's tags, addresses and text; tags that are not closed in order fail."""
 
     def __init__(self, path):
         super().__init__()
@@ -63,7 +63,7 @@ def run(tmp_path):
     return write_run(tmp_path / "vae" / "0")
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- report of one run -----------------------------------------------------------------------------------------------
 
 
 def test_report_contains_the_figures_of_the_run_folder(run):
@@ -101,7 +101,7 @@ def test_page_loads_nothing_and_has_no_script(run):
 def test_settings_that_are_not_defaults_are_marked(run):
     source = write_report(run).read_text("utf-8")
     changed = re.findall(r"<span class=changed>(.*?)</span>", source)
-    assert changed == ["[400, 200]"]  # the default is chosen by the network
+    assert changed == ["[400, 200]"]  # chosen by default for this network
     write_run(run, latent_dim=3, lr=1e-3, likelihood="bernoulli", weight_decay=0.0)
     changed = re.findall(r"<span class=changed>(.*?)</span>", write_report(run).read_text("utf-8"))
     assert changed == ["3", "[400, 200]"]
@@ -125,7 +125,7 @@ def test_text_from_outside_is_escaped(tmp_path):
 
 
 def test_characters_that_cannot_be_shown_are_replaced():
-    # bytes of a file's name that are no text, the direction of writing, and what ends a terminal's line
+    # undecodable bytes of a file name, a text direction mark, and control characters
     assert text("a\udcffb\u202ec\x1bd\r") == "a\ufffdb\ufffdc\ufffdd\ufffd"
     assert text("a\tb\n<&\"'") == "a b &lt;&amp;&quot;&#x27;"
 
@@ -141,7 +141,7 @@ def test_pictures_are_embedded_within_limits(run, monkeypatch):
     assert "reconstructions: 0.0 MiB, in vae/0/pictures" in page.text and "drawing" not in page.text
 
 
-# ---- the generalisation gap -----------------------------------------------------------------------------------------
+# ---- the generalisation gap ------------------------------------------------------------------------------------------
 
 FALLING = [100 - 3 * i for i in range(20)]
 GAPS = {
@@ -172,7 +172,7 @@ def test_gap_at_the_end_is_the_difference_of_the_losses(tmp_path):
     assert f"the gap grew to {val[-1] - train[-1]:.4g}" in line
 
 
-# ---- several runs ---------------------------------------------------------------------------------------------------
+# ---- several runs ----------------------------------------------------------------------------------------------------
 
 
 def test_comparison_shows_only_settings_that_differ(tmp_path):
@@ -183,7 +183,7 @@ def test_comparison_shows_only_settings_that_differ(tmp_path):
     assert re.findall(r"\bmodel\.\w+", settings) == ["model.lr", "model.beta"]
     assert "model.lr 0.001 (default) 0.01 0.001 (default)" in settings and "model.beta – – 4.0" in settings
     assert "Comparison of 3 runs" in page.text and "likelihood" not in page.text
-    # what a run has not written down is no difference
+    # settings missing in a config are not shown as different
     (tmp_path / "runs" / "0" / "config.yaml").write_text("model: {class_path: vae, init_args: {lr: 0.001}}\n")
     page = Page(write_report([tmp_path / "runs"], tmp_path / "three.html"))
     settings = page.text.partition("Only the settings that differ")[2].partition("Time and environment")[0]
@@ -208,7 +208,7 @@ def test_runs_are_named_apart(tmp_path):
     assert [run.label for run in runs.find_runs([folders[0], folders[0] / "metrics.csv"])] == ["vae/0"]
 
 
-# ---- runs that are not whole ----------------------------------------------------------------------------------------
+# ---- incomplete runs -------------------------------------------------------------------------------------------------
 
 
 def test_killed_run_has_a_report(run):
@@ -220,7 +220,7 @@ def test_killed_run_has_a_report(run):
 
 
 def test_run_of_another_layout_is_read(tmp_path):
-    # as Lightning's own CSVLogger writes it: tuples with a tag, and a line each for steps, epochs and validation
+    # as Lightning's own CSVLogger writes it: YAML tuples, and separate lines for steps, epochs and validation
     (tmp_path / "hparams.yaml").write_text("latent_dim: 8\nhidden_dims: !!python/tuple\n- 4\n- 2\n_hidden: 1\n")
     lines = [
         "epoch,step,train/loss_step,train/loss_epoch,val/loss",
@@ -250,7 +250,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name in BROKEN for text in BROKEN[name]])
-def test_damaged_file_costs_only_what_it_held(run, name, text):
+def test_damaged_file_does_not_prevent_the_report(run, name, text):
     (run / name).write_text(text)
     assert "deviance" in Page(write_report(run)).text
 
@@ -261,7 +261,7 @@ def test_folder_without_a_file_of_epochs_has_a_report(tmp_path):
     assert "No epoch has ended" in text and "no metrics.csv with an epoch: there are no curves" in text
 
 
-# ---- curves ---------------------------------------------------------------------------------------------------------
+# ---- curves ----------------------------------------------------------------------------------------------------------
 
 
 def test_steep_start_does_not_set_the_axis():
@@ -294,7 +294,7 @@ def test_long_curve_keeps_few_points_and_its_last():
     ("known", "n", "pieces"),
     [
         (range(0, 101, 10), 101, 1),
-        # the first epoch of 20, the even ones and the last
+        # the first of 20 epochs, the even ones and the last
         ([0, *range(1, 20, 2)], 20, 1),
         ([*range(5), *range(8, 12), *range(14, 20)], 20, 3),
     ],
@@ -311,7 +311,7 @@ def test_no_finite_value_gives_no_chart():
         assert charts.chart([charts.Line([1], [value], "c0", "x")], "x") == ("", False)
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_command_writes_into_the_run_or_the_working_folder(run, monkeypatch, capsys):

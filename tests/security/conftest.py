@@ -1,4 +1,4 @@
-"""A canary that only hostile code makes, the one line of a refusal, and an honest run."""
+"""A canary that only hostile code creates, one-line refusals, and a regular run."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ class Evil(VAE):
 
 @pytest.fixture(autouse=True)
 def canary(tmp_path, monkeypatch):
-    """A folder that only code from a hostile file makes; `evil` and `lightning_evil` make it when imported."""
+    """A folder that only code from a hostile file creates; `evil` and `lightning_evil` create it when imported."""
     home, packages = tmp_path / "home", tmp_path / "packages"
     home.mkdir()
     packages.mkdir()
@@ -36,7 +36,7 @@ def canary(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refused(capsys, canary):
-    """Run a command that must end with exit code 2 and one line, and leave no canary; returns the line."""
+    """Run a command that must end with exit code 2, one line and no canary; returns the line."""
 
     def call(*argv):
         with pytest.raises(SystemExit) as end:
@@ -53,7 +53,7 @@ def refused(capsys, canary):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A trained run, which no test changes."""
+    """A trained run, which tests do not change."""
     root = tmp_path_factory.mktemp("trained")
     before = Path.cwd()
     os.chdir(root)

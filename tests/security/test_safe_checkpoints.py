@@ -1,4 +1,4 @@
-"""Checkpoints and saved models from strangers: nothing in them runs or fills the memory; honest ones load."""
+"""Untrusted checkpoints and saved models: no code is run and memory is limited; regular ones load."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def test_checkpoint_that_runs_code_is_refused_on_every_path(refused, honest, can
             assert "could run code" in refused(command, "--ckpt_path", str(path), "--weights_only", "false")
     if how != "pickle":
         torch.load(path, weights_only=False)
-        assert canary.exists(), "the bomb is no bomb"
+        assert canary.exists(), "the file does not run code"
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_no_request_reaches_a_live_server(refused, canary, tmp_path):
     assert asked == []
 
 
-# ---- content that is valid and hostile ------------------------------------------------------------------------------
+# ---- valid but hostile content ---------------------------------------------------------------------------------------
 
 
 def shared_lists(levels=30):
@@ -281,7 +281,7 @@ def test_lists_that_expand_without_end_are_refused(refused, honest, path):
 
 @pytest.mark.parametrize("how", ["zip", "other case", "other local name", "legacy", "legacy storages"])
 def test_shared_tuple_keys_are_refused_before_hashing(honest, how):
-    # () and 60 times (x, x), then a dict with that as its key; torch hashes it in 2^60 steps
+    # () and 60 times (x, x), then a dict with the result as a key; torch takes 2^60 steps to hash it
     bomb = b"\x80\x02)q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)) + b"}h%cK\x01s." % 60
     torch.save({"x": 1}, "x.pt", _use_new_zipfile_serialization="legacy" not in how)
     if "legacy" not in how:
@@ -325,7 +325,7 @@ def test_deep_and_recursive_content_is_refused(honest):
     ("labels", "words"),
     [
         (shared_lists(), r"x\.pt contains more than"),
-        # 4 GB as an array of texts of one width
+        # 4 GB as an array of strings of one width
         (shared_lists(6), r"x\.pt contains lists of lists"),
         (["x" * 10**6] * 10**4, "are not names of classes"),
     ],
@@ -354,7 +354,7 @@ WRONG = [
     (("optimizer_states",), [5]),
     (("optimizer_states",), [{"state": 5, "param_groups": []}]),
     (("optimizer_states",), [{"state": {}, "param_groups": [{"params": [0, 1, 99]}]}]),
-    # what a fused kernel would read as long as its parameter
+    # a fused kernel would read as many values as its parameter has
     (("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(0)),
     (("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(1)),
     # of no parameter

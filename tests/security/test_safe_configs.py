@@ -1,4 +1,4 @@
-"""Configurations from strangers: they name no foreign code, hang nothing and fetch nothing; honest ones run."""
+"""Untrusted configurations: they cannot name other code, block or download; regular ones run."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ QUICK = ["--data.name=digits", "--trainer.fast_dev_run=true"]
 
 
 def with_honest_parts(text):
-    """A hostile text in a file that would otherwise run."""
+    """A hostile text in a configuration that is otherwise valid."""
     head = "" if "model" in text.partition(":")[0] or "\nmodel" in text or text.startswith("\x00") else "model: vae\n"
     return head + text + "\n"
 
@@ -73,7 +73,7 @@ def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way)
         main([*argv, *(["--allow", "evil"] if way == "flag" else ["--allow=evil"])])
     assert canary.exists()
     canary.rmdir()
-    # the permission ends with the command, although the process continues
+    # the permission ends with the command, even if the process continues
     del sys.modules["evil"]
     assert "--allow evil" in refused(*argv)
     assert "--allow evil" in refused(*argv, "--allow", "evi")
@@ -83,7 +83,7 @@ def test_the_user_can_allow_a_package(refused, canary, monkeypatch, capsys, way)
 def test_class_path_after_model_needs_no_other_flag(refused, canary, capsys):
     main(["fit", "--model", "evil.Evil", "--model.latent_dim", "2", *QUICK])
     canary.rmdir()
-    # and allows that class only
+    # only that class is allowed
     Path("hostile.yaml").write_text(configs.CLASSES["look-alike"])
     assert "--allow lightning_evil" in refused("fit", "--model", "evil.Evil", "-c", "hostile.yaml", *QUICK)
     Path("hostile.yaml").write_text(configs.CLASSES["hook"].replace("evil.Evil", "evil.os.mkdir"))

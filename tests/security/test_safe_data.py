@@ -1,4 +1,4 @@
-"""Arrays, images and archives from strangers: no code, no bombs, no way out of their folder."""
+"""Untrusted arrays, images and archives: no code is run, sizes are limited, and paths stay in their folder."""
 
 import os
 import tarfile
@@ -68,7 +68,7 @@ def test_archive_bomb_is_refused_below_raised_limit():
         DataModule(str(bomb), max_bytes=limit)
     with pytest.raises(AezooError, match="more than the limit"):
         read_idx(packed)
-    # a header that declares less than the archive holds is a lie too, and nothing beyond it is unpacked
+    # content beyond the size declared in the header is not unpacked and is an error
     with pytest.raises(AezooError, match="where its header declares"):
         read_idx(lying)
     assert memory() - before < 2**25
@@ -155,10 +155,10 @@ def test_postscript_image_is_refused(canary, monkeypatch, tmp_path):
         data("pictures")
     assert not canary.exists()
     with Image.open("pictures/x.png") as image:
-        assert image.format == "EPS", "the file is no PostScript"
+        assert image.format == "EPS", "the file is not PostScript"
 
 
-# ---- paths ----------------------------------------------------------------------------------------------------------
+# ---- paths -----------------------------------------------------------------------------------------------------------
 
 
 def test_torchvision_tar_cannot_escape_its_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""Folders of diffusers from strangers: no pickle is read, no class but ten is built, none larger than its weights."""
+"""Untrusted diffusers folders: no pickle is read, only ten classes are built, none larger than its weights."""
 
 import json
 import socket
@@ -20,7 +20,7 @@ TWO = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDec
 
 @pytest.fixture
 def folder(canary):
-    """What diffusers has saved, honest."""
+    """A folder saved by diffusers."""
     diffusers.AutoencoderKL(**SMALL, **TWO).save_pretrained("theirs")
     return Path("theirs")
 
@@ -54,7 +54,7 @@ def test_pickled_weights_run_no_code(folder, canary, refused, name):
         load(folder)
     refused("fit", "--model", "diffusers_ae", "--model.pretrained", str(folder), "--data.name", "digits")
     torch.load((folder / name).rename("bomb.pt"), weights_only=False)
-    assert canary.exists(), "the bomb is no bomb"
+    assert canary.exists(), "the file does not run code"
 
 
 def test_an_index_cannot_point_to_a_pickle(folder, canary):

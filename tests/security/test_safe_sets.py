@@ -1,4 +1,4 @@
-"""Sets of Hugging Face and chunks of litdata from strangers: no code, no addresses."""
+"""Untrusted Hugging Face sets and litdata chunks: no code is run and no address is opened."""
 
 import bz2
 import contextlib
@@ -18,7 +18,7 @@ from aezoo.errors import AezooError
 
 @pytest.fixture
 def caller():
-    """A server that notes who calls."""
+    """A server that detects connections."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         yield server
@@ -40,7 +40,7 @@ def test_pickled_chunk_items_are_refused(canary, tmp_path, kind):
     assert told["config"]["data_format"][1] == "pickle"
     told["config"]["data_format"][1] = kind
     index.write_text(json.dumps(told))
-    # what lies about its kind ends in numbers, or, if there are too many or too few bytes for them, in a line
+    # a wrong kind gives numbers, or an error if the number of bytes does not fit
     if kind in ("int", "no_header_numpy:9"):
         with contextlib.suppress(AezooError):
             DataModule("stream", root=str(root), column="o").setup()
@@ -49,7 +49,7 @@ def test_pickled_chunk_items_are_refused(canary, tmp_path, kind):
             DataModule("stream", root=str(root))
         from aezoo.data import stream
 
-        # graph: earlier versions know none
+        # earlier versions do not have the kind 'graph'
         with pytest.raises(Exception, match=r"Python objects|'graph'"):
             stream._reader(str(root))[0]
     assert not canary.exists()

@@ -1,4 +1,4 @@
-"""Tests of speed have it on."""
+"""Enable `aezoo.speed` in its tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Convolutions with the samples of a batch batch_inner, against torch's own."""
+"""Convolutions with the batch as the innermost dimension, compared with torch's."""
 
 import random
 from itertools import product
@@ -26,7 +26,7 @@ from aezoo.speed.memory_format import (
 )
 
 KERNELS, STRIDES, PADDINGS = [(3, 3), (2, 3), (4, 4), (1, 3)], [(1, 1), (2, 2), (2, 1)], [(0, 0), (1, 1), (0, 1)]
-# what torch itself refuses on processors without AVX512
+# torch refuses these on processors without AVX512
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 convolutions here"
 )
@@ -45,7 +45,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def on(monkeypatch):
-    """As on a processor where it pays, for layers of any size."""
+    """Enable the path for layers of any size, as on a processor where it is faster."""
     if not batch_inner_conv.is_available():
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
@@ -59,7 +59,7 @@ def order_of(x):
 
 
 def twins(ours, *args, **kwargs):
-    """Our layer among others, and torch's with the same weights in double precision."""
+    """Our layer, marked as part of a convolutional network, and torch's with the same weights in float64."""
     mine = ours(*args, **kwargs).to(memory_format=torch.channels_last)
     mine.feeds_convolutions = True
     theirs = ours.plain(*args, **kwargs).double()
@@ -73,7 +73,7 @@ def assert_near(found, wanted, atol=2e-5):
 
 
 def assert_same(mine, theirs, x, **near):
-    """Values and gradients, and how they lie."""
+    """Compare values, gradients, and their memory layout."""
     ours, wanted = mine(x), theirs(x.double())
     assert_near(ours, wanted, **near)
     assert order_of(ours) == "batch_inner"
@@ -127,7 +127,7 @@ def test_batch_inner_conv_matches_torch_in_16_bits(on, monkeypatch, kernel, half
         mine, theirs = twins(ours, 6, 8, kernel, stride, 1)
         mine.to(dtype)
         theirs.load_state_dict(mine.state_dict())
-        # numbers that have no more bits, so that but the sums are rounded
+        # inputs exact in bfloat16, so that only sums are rounded
         x = torch.randn(20, 6, h, w).bfloat16().to(dtype)
         with torch.no_grad():
             for layer in (mine, theirs):
@@ -170,7 +170,7 @@ def test_partial_register_sizes_match_torch(on, monkeypatch, batch, n_in, n_out,
 
 
 def spied(monkeypatch):
-    """Which layers had the batch as the innermost dimension."""
+    """The layers called with the batch as the innermost dimension."""
     taken = []
     for ours in DOWN_AND_UP:
         real = ours.with_batch_inner
@@ -190,7 +190,7 @@ def test_batch_inner_conv_uses_onednn_for_batch_sums(on, monkeypatch):
     for layer, wanted in ((down, ["convolve", "transpose"]), (up, ["transpose", "transpose", "convolve"])):
         x = torch.randn(4, 4, 5, 5, requires_grad=True)
         layer.with_batch_inner(x, layer.geometry(x)).sum().backward()
-        assert made == wanted  # a bias of an uneven grid is added apart
+        assert made == wanted  # the bias of an uneven grid is added separately
         made.clear()
 
 
@@ -204,7 +204,7 @@ def test_bias_is_added_separately_on_uneven_grid(on):
 
 
 class Given(TorchDispatchMode):
-    """Whether oneDNN's transposed convolution was given a bias."""
+    """Records whether oneDNN's transposed convolution gets a bias."""
 
     def __init__(self):
         super().__init__()
@@ -306,7 +306,7 @@ def test_autocast_around_backward_only_keeps_float32_gradients(on, monkeypatch):
 
 
 def test_batch_inner_conv_is_chosen_where_benchmarked_faster(monkeypatch):
-    """What `benchmarks.convolutions` found."""
+    """By the results of `benchmarks.convolutions`."""
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
     monkeypatch.setattr(linear, "HAS_AMX", False)
     monkeypatch.setattr(batch_inner_conv, "is_available", lambda: True)
@@ -325,9 +325,9 @@ def test_batch_inner_conv_is_chosen_where_benchmarked_faster(monkeypatch):
     assert pays(n_in=256, batch=16) and not pays(n_in=256, batch=15) and not pays(n_in=255, batch=16)
     assert pays(n_in=8, side=16) and not pays(n_in=7, side=16)
     assert pays(n_in=512, n_out=8, side=16) and not pays(n_in=512, n_out=7, side=16)
-    assert pays(n_in=32, side=4) and not pays(n_in=32, n_out=28, side=4)  # 2.4 million multiplications, and 2.06
+    assert pays(n_in=32, side=4) and not pays(n_in=32, n_out=28, side=4)  # 2.4 and 2.06 million multiplications
     assert not pays(kernel=1, padding=0) and not pays(stride=1)
-    assert not pays(side=2)  # a point, which oneDNN gets wrong in 16 bits
+    assert not pays(side=2)  # a single output point, where oneDNN's 16-bit results are wrong
     assert not pays(dtype=torch.float64) and not pays(dtype=torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         assert pays() and pays(dtype=torch.bfloat16) and not pays(dtype=torch.float64)
@@ -345,7 +345,7 @@ def test_batch_inner_conv_is_chosen_where_benchmarked_faster(monkeypatch):
 def test_batch_inner_conv_is_unavailable_without_onednn(monkeypatch):
     find = batch_inner_conv.is_available.__wrapped__
     assert find() == hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
-    torch.set_default_dtype(torch.float64)  # which oneDNN does not know
+    torch.set_default_dtype(torch.float64)  # oneDNN does not support float64
     try:
         assert find() == batch_inner_conv.is_available()
     finally:
@@ -424,7 +424,7 @@ def test_layout_of_each_memory_order_is_detected_and_kept():
     for order, make in ORDERS.items():
         x = make(first)
         assert order_of(x) == order and torch.equal(x, first)
-        assert make(x).data_ptr() == x.data_ptr()  # nothing is copied that lies so
+        assert make(x).data_ptr() == x.data_ptr()  # a tensor of this layout is not copied
         assert with_layout_of(first, x).stride() == x.stride()
         seen: list[torch.Tensor] = []
         image = x.clone().requires_grad_() * 1
@@ -453,7 +453,7 @@ def test_layout_conversion_restores_layout_in_backward():
 
 @needs_bf16
 def test_bf16_images_are_converted_to_batch_inner_once(on, monkeypatch):
-    """Weights are weighed with what a layer was computed of, but where products weigh them."""
+    """The weight gradient uses the converted input of the forward pass, except where products compute it."""
     monkeypatch.setattr(conv2d, "use_batch_inner", lambda *_: True)
     layer = conv2d.Conv2d(4, 6, 3, 2, 1, dtype=torch.bfloat16)
     for weight_by_product, wanted in ((False, "batch_inner"), (True, "last")):

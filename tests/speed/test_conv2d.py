@@ -1,4 +1,4 @@
-"""Convolutions by other means against torch's own: values, derivatives of every kind, and where they are taken."""
+"""Alternative convolutions compared with torch's: values, derivatives of every kind, and when they are used."""
 
 import csv
 from itertools import groupby, product
@@ -31,7 +31,7 @@ def _seed(monkeypatch) -> None:
 
 @pytest.fixture
 def always(monkeypatch):
-    """Products for layers of any size."""
+    """Use products for layers of any size."""
     for most in ("_POINTS", "_FEW_POINTS"):
         monkeypatch.setattr(conv2d, most, 10**6)
     for least in ("_CHANNELS", "_CHANNELS_UNSTRIDED"):
@@ -40,7 +40,7 @@ def always(monkeypatch):
 
 @pytest.fixture
 def halved(monkeypatch):
-    """As on a processor of which MKL uses half."""
+    """As on a processor where MKL uses half of the vector width."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
@@ -48,7 +48,7 @@ def halved(monkeypatch):
 
 @pytest.fixture
 def between(monkeypatch):
-    """A convolution of the smaller grid for transposed layers of any size."""
+    """Use a convolution of the smaller grid for transposed layers of any size."""
     monkeypatch.setattr(conv2d, "_CHANNELS", 10**6)
     monkeypatch.setattr(conv2d, "_LARGE", 0)
     monkeypatch.setattr(conv2d, "_LARGE_IN_16_BITS", 0)
@@ -59,7 +59,7 @@ def between(monkeypatch):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Which ways were taken."""
+    """The paths that were taken."""
     ways: list[str] = []
     for layer in (conv2d.Conv2d, conv2d.ConvTranspose2d):
         for name in {"with_products", "with_overlap_add", "with_sub_pixels", "with_separate_gradients"} & set(
@@ -78,7 +78,7 @@ def noted(ways, name, method):
 
 
 def twins(ours, *args, **kwargs):
-    """Our layer and torch's with the same weights, in double precision."""
+    """Our layer and torch's with the same weights, in float64."""
     mine = ours(*args, **kwargs).double()
     theirs = ours.plain(*args, **kwargs).double()
     theirs.load_state_dict(mine.state_dict())
@@ -163,7 +163,7 @@ def test_single_channel_transpose_with_onednn_matches_torch(halved, between, tak
 
 
 def test_grid_off_the_stride_adds_bias_separately(taken, monkeypatch):
-    """Else oneDNN adds it number by number, in bfloat16 at five times the price of all else."""
+    """Otherwise oneDNN adds the bias element by element, which in bfloat16 takes five times as long as all else."""
     layers = [conv2d.ConvTranspose2d(3, n, 3, 2, 1) for n in (5, 6)]
     assert [conv2d.has_slow_bias(up, up.geometry(torch.zeros(2, 3, 4, 4)).large) for up in layers] == [False, True]
     monkeypatch.setattr(conv2d, "_MANY", 0)
@@ -216,7 +216,7 @@ def test_products_skip_zero_padding(stride, padding):
 
 @pytest.fixture(params=["blocks", "im2col"])
 def way(request, monkeypatch):
-    """One of the two that copy, for layers of any size."""
+    """Both paths that copy, for layers of any size."""
     monkeypatch.setattr(conv_products, "_LARGE", 0 if request.param == "blocks" else 10**9)
     monkeypatch.setattr(conv_products, "_FEW_POINTS", 10**6 if request.param == "blocks" else 0)
     monkeypatch.setattr(linear, "HAS_AMX", False)
@@ -238,7 +238,7 @@ def sizes(kernels=((3, 3), (2, 3), (4, 3))):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
 def test_conv2d_matches_torch_in_16_bits(way, stride, padding, dtype):
-    """Exactly, of integers so small that they hold their sums."""
+    """Exactly, with integers small enough for exact sums."""
     for size, kernel in sizes():
         geometry = conv2d.Conv2d(3, 2, kernel, stride, padding).geometry(torch.zeros(1, 3, *size))
         shapes = ((2, *size, 3), (2, *kernel, 3), (2, *geometry.small, 2))
@@ -269,7 +269,7 @@ def test_onednn_products_match_float64(halved, way, stride, padding):
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_block_products_are_used_for_large_layers_on_small_grids(halved, monkeypatch, n):
-    """Else patches are: `benchmarks.convolutions` reads off how many and how large."""
+    """Patches are used otherwise; the limits are results of `benchmarks.convolutions`."""
     monkeypatch.setattr(linear, "HAS_AMX", False)
     ways = {}
     for batch, side, dtype in product((31, 32), (1, 2, 4, 5), (torch.float32, torch.bfloat16)):
@@ -286,12 +286,12 @@ def test_block_products_are_used_for_large_layers_on_small_grids(halved, monkeyp
 @pytest.mark.parametrize("group_by", ["taps", "points"])
 @pytest.mark.parametrize(("stride", "padding"), [*product(STRIDES, PADDINGS)])
 def test_block_products_cover_each_valid_tap_once(stride, padding, group_by):
-    """No zeros, in as few products as there are kinds of taps or points."""
+    """Without products by zero padding, and with as few products as there are distinct taps or points."""
     for (h, w), kernel in sizes():
         geometry = conv2d.Conv2d(3, 5, kernel, stride, padding).geometry(torch.zeros(1, 3, h, w))
         x, weight, y = torch.zeros(2, h, w, 3), torch.zeros(5, *kernel, 3), torch.zeros(2, *geometry.small, 5)
         found = [*conv_products.block_products(x, weight, y, geometry, group_by)]
-        # [h, w, rows, columns]: what a point sees through a tap
+        # [h, w, rows, columns]: whether a tap of a point lies inside the image
         taps = torch.eye(kernel[0] * kernel[1]).view(-1, 1, *kernel)
         seen = F.conv2d(torch.ones(1, 1, h, w), taps, stride=stride, padding=padding)[0]
         seen = seen.permute(1, 2, 0).unflatten(2, kernel)
@@ -309,7 +309,7 @@ def test_block_products_cover_each_valid_tap_once(stride, padding, group_by):
         )
         assert alone.max() == 1
         assert alone.sum(0)[..., 0].count_nonzero() == kinds.any(1).sum()
-        # runs of neighbours that are group_by, on each axis by itself
+        # runs of equal neighbours along each axis
         runs = [
             sum(-(-len([*run]) // (stride[axis] if group_by == "taps" else n)) for key, run in groupby(of) if any(key))
             for axis, n in enumerate(geometry.small)
@@ -319,13 +319,13 @@ def test_block_products_cover_each_valid_tap_once(stride, padding, group_by):
 
 
 def kinds_along(seen, axis, group_by):
-    """Of each tap, or point, on an axis: those on the other side that it meets within the border."""
+    """For each tap (or point) along an axis, the points (or taps) that it combines with inside the border."""
     met = seen.any(1 - axis).any(2 - axis)
     return [tuple(kind) for kind in (met.t() if group_by == "taps" else met).tolist()]
 
 
 def test_bf16_products_are_rounded_once(way):
-    """A part of it after the other would be rounded with each."""
+    """Partial sums would each be rounded."""
     geometry = conv2d.Conv2d(64, 32, 3, 2, 1).geometry(torch.zeros(1, 64, 8, 8))
     x, weight, y = (
         torch.randn(shape, dtype=torch.bfloat16) for shape in ((8, 8, 8, 64), (32, 3, 3, 64), (8, 4, 4, 32))
@@ -337,7 +337,7 @@ def test_bf16_products_are_rounded_once(way):
 
 
 def test_onednn_product_operands_are_contiguous(halved, way, monkeypatch):
-    """Of one with gaps oneDNN, or torch before it, makes a copy number by number."""
+    """oneDNN, or torch before it, copies operands with gaps element by element."""
     multiplied, real = [], linear.onednn_linear
     monkeypatch.setattr(linear, "onednn_linear", lambda *a: (multiplied.extend(a), real(*a))[1])
     geometry = conv2d.Conv2d(4, 8, 3, 2, 1).geometry(torch.zeros(1, 4, 4, 4))
@@ -358,7 +358,7 @@ def test_onednn_conv_network_matches_torch(halved, always, taken, bias):
 
 
 def test_direct_products_multiply_whole_batch_rows():
-    """As few products as there can be, each as large: those of half the kernel's rows meet the border."""
+    """The minimal number of products: only half of the kernel rows meet the border."""
     down = conv2d.Conv2d(3, 5, 3, 2, 1)
     x, weight, y = torch.randn(6, 4, 4, 3), torch.randn(5, 3, 3, 3), torch.randn(6, 2, 2, 5)
     rows = [len(out) for _, _, out in conv_products.direct_products(x, weight, y, down.geometry(x.permute(0, 3, 1, 2)))]
@@ -369,7 +369,7 @@ def test_flop_counter_counts_nonzero_products(always):
     down, up = conv2d.Conv2d(3, 5, 3, 2, 1), conv2d.ConvTranspose2d(5, 3, 3, 2, 1, 1)
     with FlopCounterMode(display=False) as counter:
         up(down(torch.randn(2, 3, 4, 4, requires_grad=True))).sum().backward()
-    # a point of 2x2 sees 25 of 36 that are no zeros; forward, and for both gradients
+    # a point of 2x2 has 25 of 36 nonzero taps; forward, and for both gradients
     assert counter.get_total_flops() == 2 * 3 * 2 * 25 * 3 * 5 * 2
 
 
@@ -383,7 +383,7 @@ def both():
     return mine, theirs
 
 
-# torch.func's forward mode loads what torch itself has deprecated
+# torch.func's forward mode loads deprecated parts of torch
 FORWARD = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
@@ -425,7 +425,7 @@ def test_product_path_passes_gradgradcheck(always, taken):
 @pytest.mark.parametrize("ways", ["always", "between", "halved always"])
 @pytest.mark.parametrize("extra", [0, 1])
 def test_batched_gradients_match_torch(request, taken, ways, extra):
-    """Torch's other way of many derivatives, of both orders, which knows its own operators only."""
+    """Vmap over gradients of both orders, which only supports torch's operators."""
     for fixture in ways.split():
         request.getfixturevalue(fixture)
     made = [
@@ -449,7 +449,7 @@ def test_batched_gradients_match_torch(request, taken, ways, extra):
 
 
 class Asked(TorchDispatchMode):
-    """Which gradients torch's convolutions are output_mask for."""
+    """Records the output_mask of torch's convolution gradients."""
 
     def __init__(self):
         super().__init__()
@@ -477,7 +477,7 @@ def test_separate_gradient_path_matches_torch(monkeypatch, ours, bias, weight_by
         with Asked() as output_mask:
             assert_same(mine, theirs, x)
         assert len(weighed) == weight_by_product
-        # torch is not asked for what products find, nor ever for the sum that a bias's is; and for the input's last
+        # products replace torch's weight gradient, and the bias is summed separately; the input gradient comes last
         assert output_mask.of_weight_and_bias == [(True, False)] * (not weight_by_product) + [
             (False, False),
             (True, bias),
@@ -495,7 +495,7 @@ def test_separate_gradient_path_matches_torch(monkeypatch, ours, bias, weight_by
 @pytest.mark.parametrize("lowers", [False, True])
 @pytest.mark.parametrize("tiles", [False, True])
 def test_separate_gradients_are_used_where_benchmarked_faster(monkeypatch, tiles, lowers):
-    """What `benchmarks.convolutions` found: for weights of 16 bits without tiles, and where an input fills a cache."""
+    """By `benchmarks.convolutions`: for 16-bit weights without AMX tiles, and where an input fills the cache."""
     monkeypatch.setattr(linear, "HAS_AMX", tiles)
     small = lowers and not tiles
     for layer, side, wanted in [
@@ -564,7 +564,7 @@ def test_autocast_matches_torch_bfloat16(request, taken, monkeypatch, ways):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
     assert taken == (["with_products"] * 2 if ways == "always" else ["with_sub_pixels"])
-    # those of the first layer's input, of the second one's gradient twice, and again of the input: half of the bytes
+    # copies of the first layer's input, twice of the second's gradient, and again of the input, in half the bytes
     assert copied == ([torch.bfloat16] * 4 if ways == "always" else [])
 
 
@@ -587,7 +587,7 @@ def test_autocast_around_backward_only_keeps_float32_gradients(request, ways):
 
 @pytest.mark.parametrize("way", ["always", "between", "plain"])
 def test_saved_tensors_match_torch(request, way):
-    """No more than torch keeps: what is not kept may change, or be freed."""
+    """No more tensors than torch saves: others may change or be freed."""
     if way != "plain":
         request.getfixturevalue(way)
     down, up, x = conv2d.Conv2d(3, 4, 3), conv2d.ConvTranspose2d(3, 2, 3, 2, 1, 1), torch.randn(2, 3, 6, 6)
@@ -609,12 +609,12 @@ def test_saved_tensors_match_torch(request, way):
 
 @pytest.mark.parametrize("way", ["with_separate_gradients", "with_sub_pixels"])
 def test_bf16_backward_stays_in_bf16(way):
-    """Of float32 and bfloat16 together oneDNN refuses some layers on some processors."""
+    """OneDNN refuses some layers with mixed float32 and bfloat16 on some processors."""
     layer, x = conv2d.ConvTranspose2d(32, 1, 3, 1, 1), torch.randn(64, 32, 1, 1, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = getattr(layer, way)(x, layer.geometry(x)), nn.ConvTranspose2d.forward(layer, x)
     assert {saved.dtype for saved in found.grad_fn.saved_tensors} == {torch.bfloat16}
-    # without AVX512 torch adds in another order, so that sums near 0 differ by the rounding of their terms
+    # without AVX512 torch sums in another order, so sums near 0 differ by the rounding of their terms
     torch.testing.assert_close(found, wanted, rtol=0.016, atol=2**-8 * float(wanted.detach().abs().max()))
     g = torch.ones_like(found)
     for a, b in zip(*(torch.autograd.grad(y, [x, *layer.parameters()], g) for y in (found, wanted)), strict=True):
@@ -627,7 +627,7 @@ def autoencoder_of_8(conv, transposed):
 
 
 def test_products_are_used_on_small_grids_with_many_channels():
-    """What `benchmarks.convolutions` found: the rule is read off its rows."""
+    """By the results of `benchmarks.convolutions`."""
     for n_in, n_out, side, wanted in [
         (256, 512, 2, True),
         (256, 256, 4, True),
@@ -647,7 +647,7 @@ def test_products_are_used_on_small_grids_with_many_channels():
 
 
 def test_products_are_chosen_for_fewer_layers_with_onednn(halved):
-    """Its convolutions are the faster for it."""
+    """Its convolutions are faster."""
     for n_in, n_out, side, stride, wanted in [
         (256, 512, 4, 2, True),
         (256, 512, 5, 2, False),
@@ -678,7 +678,7 @@ def test_fastest_path_is_chosen_per_layer_and_grid(taken):
     assert taken == []
     up(large)
     assert taken.pop() == "with_separate_gradients"
-    with torch.no_grad():  # the bias costs in the backward pass only
+    with torch.no_grad():  # the bias is slow in the backward pass only
         up(large)
         assert taken == []
         out(large)
@@ -760,7 +760,7 @@ def test_empty_batch_has_zero_gradients(request, ways):
 
 @pytest.mark.parametrize("ways", ["always", "between"])
 def test_parametrised_weights_are_computed_once(request, taken, ways):
-    """Else a spectral norm, for one, goes several steps of its search at a time."""
+    """Otherwise spectral norm, for example, takes several steps of its power iteration."""
     request.getfixturevalue(ways)
 
     class Counts(nn.Module):
@@ -869,7 +869,7 @@ def test_compiled_graph_adds_bias_separately_off_stride(kernel, extra, bias, sep
 
 @pytest.mark.parametrize("ways", ["always", "between"])
 def test_gradients_have_layout_of_their_tensors(request, ways):
-    """Else the first thing that happens to them is a copy, and activations and fused optimisers read both as one."""
+    """Other layouts would need a copy, and activations and fused optimisers read both in memory order."""
     request.getfixturevalue(ways)
     for layout in (torch.contiguous_format, torch.channels_last):
         for layer in (conv2d.Conv2d(8, 16, 3, 2, 1), conv2d.ConvTranspose2d(8, 16, 3, 2, 1, 1)):
@@ -908,5 +908,5 @@ def test_convolution_benchmark_measures_every_path(tmp_path, capsys):
         assert float(row["lost"]) == pytest.approx(took / min(float(row[f"{way}_ms"]) for way in ways), rel=1e-3)
         assert row["chosen"] == "torch"
     assert f"of {len(rows)}" in capsys.readouterr().out
-    convolutions.main(words)  # all there already
+    convolutions.main(words)  # all rows exist
     assert len(path.read_text().splitlines()) == len(rows) + 2

@@ -1,4 +1,4 @@
-"""The fast loop does what Lightning's does: the same calls, values, weights and counters, batch for batch."""
+"""The fast loop does the same as Lightning's: calls, values, weights and counters are equal for each batch."""
 
 import inspect
 import math
@@ -33,7 +33,7 @@ NO_HOOKS = ("state_key", "state_dict", "load_state_dict")
 HOOKS = [name for name in vars(pl.Callback) if not name.startswith("_") and name not in NO_HOOKS]
 
 
-# what Lightning says of settings that are meant here
+# Lightning's warnings about settings that are intended here
 ADVICE = (
     "Checkpoint directory .* exists", "yielded None", "returned `None`", "Skipping learning rate update",
     "have no `validation_step`", "`dataloader_iter`", "Be aware that when using", "You have overridden",
@@ -50,7 +50,7 @@ def _lightnings_advice():
 
 
 class Notes(Logger):
-    """What was logged, and at which step."""
+    """Records logged metrics by step."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Notes(Logger):
 
 
 def note(trace, name, function):
-    """A hook that writes down its name, the counters and what it is told, into `trace`."""
+    """A hook that appends its name, the counters and its arguments to `trace`."""
     takes = [key for key in inspect.signature(function).parameters if key != "self"]
 
     def hook(self, trainer, *args, **kwargs):
@@ -92,13 +92,13 @@ def note(trace, name, function):
 
 
 def recorder(trace):
-    """A callback that writes down every call of every hook there is."""
+    """A callback that records every call of every hook."""
     hooks = {name: note(trace, name, getattr(pl.Callback, name)) for name in HOOKS}
     return type("Recorder", (pl.Callback,), hooks)()
 
 
 class Lighten(pl.Callback):
-    """Asks for the fast loop on behalf of a module that does not know it."""
+    """Requests the fast loop for a module that is not from aezoo."""
 
     def on_train_start(self, trainer, pl_module):
         fast_loop.install_fast_loop(trainer)
@@ -130,7 +130,7 @@ class OwnOptimizerStep(DenseAE):
 
 
 class Logging(DenseAE):
-    """Logs at each step, for the epoch, and both, in three hooks."""
+    """Logs per step, per epoch and both, in three hooks."""
 
     def training_step(self, batch, batch_idx):
         terms = super().training_step(batch, batch_idx)
@@ -153,7 +153,7 @@ class SometimesNone(DenseAE):
 
 
 class OtherResults(DenseAE):
-    """Returns a mapping that is not a dict of scalars only, and takes its batch only."""
+    """Returns a mapping that is not a dict of scalars only, and takes only its batch."""
 
     def training_step(self, batch):
         terms = super().training_step(batch, self.trainer.fit_loop.epoch_loop.batch_idx)
@@ -187,7 +187,7 @@ class OwnClipping(DenseAE):
 
 
 class OwnZeroing(DenseAE):
-    """Hooks of the module in the step, which come after the callbacks'; gradients are zeroed in place."""
+    """Overrides the module's hooks of a step, which run after those of callbacks, and zeroes gradients in place."""
 
     def on_before_zero_grad(self, optimizer):
         self.heard = [*getattr(self, "heard", []), ("zero", self.trainer.global_step)]
@@ -214,7 +214,7 @@ class Stop(pl.Callback):
 
 
 class Meddler(pl.Callback):
-    """Writes two hooks in the step, one of them not as a method."""
+    """Defines two hooks of the step, one of them not as a method."""
 
     def __init__(self):
         self.calls = 0
@@ -242,7 +242,7 @@ def zoo(name, **plain):
 
 def data(drop_last=False):
     x = torch.rand(46, 6, generator=torch.Generator().manual_seed(1))
-    # 41 rows to train on: 11 batches, the last of one row
+    # 41 training rows: 11 batches, the last of one row
     return DataModule.from_arrays(x, batch_size=4, val_fraction=0.1, test_fraction=0, seed=3, drop_last=drop_last)
 
 
@@ -308,21 +308,21 @@ CASES = {
 
 
 def fit(folder, model=None, data=data, callbacks=list, ckpt_path=None, trace=None, **plain):
-    """A run; returns the trainer."""
+    """Run a fit and return the trainer."""
     torch.manual_seed(7)
     np.random.seed(7)
     model = (model or dense())()
-    # first and last: between them, others' callbacks are called in their place
+    # first and last; other callbacks are called in between
     watch = [] if trace is None else [recorder(trace)]
     settings = {"max_epochs": 2, "log_every_n_steps": 2, "logger": Notes(), "default_root_dir": folder} | plain
     trainer = quiet_trainer(**settings, callbacks=[*watch, *callbacks()])
-    with flushed_denormals():  # Lightning's loop does not by itself
+    with flushed_denormals():  # Lightning's loop does not flush denormals itself
         trainer.fit(model, data(), ckpt_path=ckpt_path)
     return trainer
 
 
 def state(trainer, trace):
-    """All that a run leaves behind."""
+    """The final state of a run."""
     model = trainer.lightning_module
     return {
         "trace": trace,
@@ -339,7 +339,7 @@ def state(trainer, trace):
 
 
 def same(a, b, path=""):
-    """Equal down to the last bit; says where not."""
+    """Assert exact equality, with the path of the first difference."""
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
@@ -357,7 +357,7 @@ def same(a, b, path=""):
 
 @pytest.fixture
 def both(tmp_path, monkeypatch):
-    """Runs by both loops; each returns its trainer and its trace."""
+    """Runs with both loops; each returns its trainer and its trace."""
     steps = []
     step = fast_loop.FastLoop._take_step
     monkeypatch.setattr(fast_loop.FastLoop, "_take_step", lambda *args: steps.append(args[2]) or step(*args))
@@ -409,7 +409,7 @@ def test_the_trace_sees_the_hooks_of_a_step(tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_checkpoints_within_an_epoch_have_the_same_content(both, tmp_path, accumulate):
     def saver():
-        # one folder after another: it is the light run that finds the other's there
+        # separate folders, since the fast loop would find the other's files
         folder = tmp_path / str(len([*tmp_path.glob("saved*")]))
         (tmp_path / f"saved{folder.name}").mkdir()
         return [ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)]
@@ -420,7 +420,7 @@ def test_checkpoints_within_an_epoch_have_the_same_content(both, tmp_path, accum
     for name in names[0]:
         one, other = (torch.load(tmp_path / str(i) / name, weights_only=True) for i in (0, 1))
         for content in (one, other):
-            content.pop("callbacks")  # the folders
+            content.pop("callbacks")  # contains the folders
         same(one, other)
 
 
@@ -601,11 +601,11 @@ def test_signal_is_handled_between_batches(tmp_path):
     assert seen == [0, 1]
 
 
-# ---- code of others that changes what the fast loop has looked up --------------------------------------------------
+# ---- custom code that changes what the fast loop has looked up -------------------------------------------------------
 
 
 class At(pl.Callback):
-    """Does something once: at the end of the batch that is this step, or before this epoch."""
+    """Acts once: at the end of the batch of a step, or before an epoch."""
 
     def __init__(self, act, step=None, epoch=None):
         self.act, self.step, self.epoch = act, step, epoch
@@ -625,7 +625,7 @@ def zero_moments(trainer, module):
 
 
 class ExchangesAWeight(pl.Callback):
-    """Puts another in a weight's place, whose state it forgets at the end."""
+    """Replaces a weight, and deletes its optimizer state at the end."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step != 4:
@@ -690,7 +690,7 @@ class StepHook(DenseAE):
 
 
 class WrappedStep(DenseAE):
-    """A step that cannot be taken without a closure."""
+    """An optimizer step that needs a closure."""
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -725,7 +725,7 @@ class LogsClipping(DenseAE):
 
 
 class Normed(DenseAE):
-    """Has buffers, which a loss that is not finite spoils, and such losses."""
+    """Has buffers and sometimes a non-finite loss, which affects them."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -739,7 +739,7 @@ class Normed(DenseAE):
 
 
 def of_functions(callback):
-    """A callback of Lightning that does the same."""
+    """Lightning's LambdaCallback with the same hooks."""
     hooks = [name for name in vars(type(callback)) if name.startswith("on_")]
 
     def function(hook):
@@ -784,7 +784,7 @@ class Augmented(torch.utils.data.Dataset):
 
 
 class DoublesLoss(pl.Callback):
-    """Changes the loss in place, and sees what comes of it."""
+    """Changes the loss in place, and records the output."""
 
     def on_before_backward(self, trainer, pl_module, loss):
         with torch.no_grad():
@@ -795,7 +795,7 @@ class DoublesLoss(pl.Callback):
 
 
 class Exponential(DenseAE):
-    """Needs the value of its loss for its gradient, and names it last."""
+    """The gradient depends on the loss's value, and the loss is the last term."""
 
     def loss(self, x, y=None):
         terms = super().loss(x, y)
@@ -808,7 +808,7 @@ class NoGradients(pl.Callback):
 
 
 def adapted():
-    """A model that clips a gradient to the mean of those it has seen."""
+    """A model that clips a gradient to the mean of those seen so far."""
     model = aezoo.create_model("k_sparse", (6,), latent_dim=8, k=2)
     seen = model.heard = [1.0]
 
@@ -821,14 +821,14 @@ def adapted():
 
 
 class CountsBatches(pl.Callback):
-    """Counts in a buffer, after the guard has remembered it."""
+    """Changes a buffer after the guard has saved it."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         pl_module.norm.num_batches_tracked.add_(100)
 
 
 class Reloaded(pl.LightningDataModule):
-    """The second epoch's data are others."""
+    """Has other data in the second epoch."""
 
     def __init__(self, later):
         super().__init__()
@@ -921,7 +921,7 @@ def test_lightning_loop_is_restored_after_fit(tmp_path):
 
 @pytest.mark.slow
 def test_epoch_means_exclude_previous_epoch_on_resume(tmp_path):
-    """A file of an epoch's last batch, which Lightning does not end again, holds the means of that epoch."""
+    """A checkpoint at an epoch's last batch holds the means of that epoch, which Lightning does not end again."""
 
     class Means(pl.Callback):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""FusedStep against torch's own step, bit for bit, and when it leaves the step to it."""
+"""FusedStep compared exactly with torch's step, and when it uses torch's step."""
 
 import copy
 
@@ -11,7 +11,7 @@ from aezoo.speed.fused_optimizer import FusedStep
 
 
 class Net(nn.Module):
-    """Two layers; which of them gets gradients depends on the step."""
+    """Two layers, of which one gets gradients only in some steps."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ MAKERS = {
 
 
 def pair(make, groups=False):
-    """The same network and optimiser twice."""
+    """Two equal networks with equal optimisers."""
     made = []
     for net in (Net(), Net()):
         parts = [
@@ -117,7 +117,7 @@ def test_loaded_state_and_added_group_match_plain_step():
 
 
 def slow_steps(monkeypatch, optimizer, run):
-    """How many steps of `run` were torch's own."""
+    """The number of steps of `run` that were torch's own."""
     taken = []
     original = type(optimizer).step
     monkeypatch.setattr(type(optimizer), "step", lambda self: (taken.append(0), original(self))[1])
@@ -128,7 +128,7 @@ def slow_steps(monkeypatch, optimizer, run):
 def test_unchanged_parameters_use_kernel_directly(monkeypatch):
     net = Net()
     optimizer = torch.optim.Adam([*net.a.parameters(), *net.b.parameters()], 0.01, fused=True)
-    # the first one, and the fourth and ninth, in which b has no gradients
+    # the first, and the fourth and ninth, in which b has no gradients
     assert slow_steps(monkeypatch, optimizer, lambda: steps(net, optimizer, FusedStep(optimizer))) == 3
 
 
@@ -144,7 +144,7 @@ def test_frozen_weights_do_not_block_capture(monkeypatch):
 
         update = FusedStep(optimizer) if ours else optimizer.step
         taken = slow_steps(monkeypatch, optimizer, lambda run=(layers, optimizer, update): steps(*run))
-        # the first one, and the sixth, from which on all have gradients
+        # the first, and the sixth, from which on all have gradients
         assert taken == (2 if ours else 0)
         ends.append((net.state_dict(), optimizer.state_dict()["state"]))
     for mine, theirs in zip(*ends, strict=True):
@@ -167,7 +167,7 @@ def test_weights_in_channels_last_are_not_copied():
     for left, right in zip(mine, theirs, strict=True):
         assert_same(left, right)
     assert mine[0]["0.weight"].is_contiguous(memory_format=torch.channels_last)
-    assert "aten::clone" in copying  # else there is nothing to avoid, and `_in_order` can go
+    assert "aten::clone" in copying  # if this fails, torch no longer copies and `_in_order` can be deleted
     assert "aten::clone" not in plain
 
 

@@ -1,4 +1,4 @@
-"""The whole step as one recording: what is done around it, with a recorder on the CPU in the place of CUDA's."""
+"""Capture of whole training steps, with a recorder on the CPU instead of CUDA's."""
 
 import lightning.pytorch as pl
 import pytest
@@ -17,7 +17,7 @@ from aezoo.training.projected_weights import Constrained
 
 
 class Recorder:
-    """Records by remembering: a replay runs the step again and copies its results where the first ones are."""
+    """A recorder whose replay runs the step again and copies its results to the memory of the first ones."""
 
     def __init__(self):
         self.log = []
@@ -28,7 +28,7 @@ class Recorder:
 
     def record(self, step):
         self.log.append("record")
-        # CUDA allocates results and gradients while it records, and computes nothing
+        # CUDA allocates results and gradients while it records, and does not compute them
         result = [torch.full((), torch.nan), torch.full((2,), torch.nan)]
         for p in self.parameters:
             p.grad = torch.full_like(p, torch.nan)
@@ -38,7 +38,7 @@ class Recorder:
             self.log.append("replay")
             held = [p.grad for p in self.parameters]
             for p in self.parameters:
-                p.grad = None  # a graph writes over what is there
+                p.grad = None  # a graph overwrites gradients
             for place, new in zip(result, step(), strict=True):
                 place.copy_(new)
             for p, place, before in zip(self.parameters, gradients, held, strict=True):
@@ -118,7 +118,7 @@ def test_capture_starts_without_gradients():
     for i, x in enumerate(batches()):
         step(x, None)
         if i > 5:
-            # also after the batch of another size: where the recording writes them
+            # also after a batch of another size: the memory that the recording writes to
             assert all(p.grad is g for p, g in zip(module.parameters(), step._gradients, strict=True))
     assert all(all(none) for _, none in seen[: WARM_UP + 1])
     assert all(seen[6][1])
@@ -139,11 +139,11 @@ def test_cuda_recorder_follows_capture_protocol():
     assert isinstance(CapturedStep(lambda x, y: None, [])._recorder, graph_capture.CudaRecorder)
 
 
-# ---- in a training run ----------------------------------------------------------------------------------------------
+# ---- training run ----------------------------------------------------------------------------------------------------
 
 
 class Watch(pl.Callback):
-    """Takes part in the step, and may be recorded."""
+    """A capturable callback within the step."""
 
     capturable = True
 
@@ -161,7 +161,7 @@ class Watch(pl.Callback):
 
 
 class CpuRecorder:
-    """As above for the terms of a zoo's model: a step's results are a dictionary and a vector."""
+    """The same for models of the zoo, whose results are a dictionary and a vector."""
 
     def warm_up(self, step):
         return step()
@@ -222,7 +222,7 @@ def test_captured_run_matches_plain_run(precision):
         assert torch.equal(a, b)
     metrics = replayed.callback_metrics
     assert {key: float(v) for key, v in plain.callback_metrics.items()} == {k: float(v) for k, v in metrics.items()}
-    # told at each replay: not in the warm-up, and not by the two odd batches
+    # called at each replay: not in the warm-up, and not for the two incomplete batches
     assert one.told == 0 and other.told == 22 - WARM_UP - 2
 
 
@@ -247,7 +247,7 @@ def test_changed_training_settings_end_graph_replay(change):
 
 
 class OnGpu:
-    """A trainer that says it trains on a GPU; nothing runs there."""
+    """A trainer that pretends to train on a GPU; nothing runs there."""
 
     strategy = type("Strategy", (), {"root_device": torch.device("cuda", 0)})()
 
@@ -259,7 +259,7 @@ class OnGpu:
 
 
 def plan(**changes):
-    """The plan of a run that a graph can hold, but for the changes."""
+    """The plan of a run that can be captured, except for the changes."""
     seen = []
 
     class Look(pl.Callback):
@@ -268,7 +268,7 @@ def plan(**changes):
                 trainer.optimizers[0].param_groups[0]["capturable"] = True
             loader = trainer.train_dataloader
             x = loader.x
-            # a tensor that says it is on the GPU
+            # a tensor that pretends to be on the GPU
             if not changes.get("on_host"):
                 loader.x = type("X", (), {"device": OnGpu.strategy.root_device, "dtype": x.dtype})()
             seen.append(Plan(OnGpu(trainer)))

@@ -1,4 +1,4 @@
-"""Compiled linear layers call oneDNN itself, on matrices that are written once, and give what uncompiled ones give."""
+"""Compiled linear layers call oneDNN with matrices that are written once, and equal uncompiled layers."""
 
 import itertools
 import math
@@ -15,14 +15,14 @@ pytestmark = [
         not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
         reason="torch was built without oneDNN",
     ),
-    # torch.jit, which torch has deprecated and its inductor loads
+    # inductor loads the deprecated torch.jit
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def _told(monkeypatch):
-    """As on a processor of which MKL uses half, for layers of any size, with nothing compiled before."""
+    """As on a processor where MKL uses half of the vector width, for layers of any size, without compiled functions."""
     torch.manual_seed(7)
     torch._dynamo.reset()
     from torch._functorch import config as of_autograd
@@ -42,7 +42,7 @@ def network(*widths):
 
 
 def code_of(function, *args):
-    """A function's result, and what inductor writes for its forward and its backward pass, which is taken too."""
+    """A function's result, and inductor's code of its forward and backward passes, both of which are run."""
     from torch._inductor.utils import run_fw_bw_and_get_code
 
     return run_fw_bw_and_get_code(lambda: torch.compile(function, dynamic=False)(*args))
@@ -70,12 +70,12 @@ def test_compiled_step_calls_onednn_and_writes_matrices_once(rows):
     for p, gradient in zip(layers.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, gradient)
     assert "aezoo.product" not in re.sub("#.*|'.*?'|\".*?\"", "", forward + backward)
-    # two layers; of the first no gradient for its input is asked
+    # two layers; the first needs no gradient of its input
     assert calls(forward) == 2 and calls(backward) == 3
-    # the first layer's input, which is read as it is and transposed
+    # the first layer's input is used as it is and transposed
     sizes = [shape.split(", ") for shape in re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", forward)]
     assert sum(math.prod(int(n) for n in size if n) == 6 * 32 for size in sizes) == 1
-    # oneDNN copies what is transposed number by number: its first factor lies row by row
+    # oneDNN copies transposed matrices element by element, so its first factor is row-major
     for first in re.findall(r"_linear_pointwise\.default\((.*?), (?:reinterpret|buf|primals|tan)", backward):
         strides = re.search(r"reinterpret_tensor\(\w+, \((\d+), (\d+)\), \((\d+), (\d+)\)", first)
         assert strides is None or strides[2] == strides[3] or strides[4] == "1", first

@@ -1,4 +1,4 @@
-"""A loss and its gradients as one graph train as two graphs do, and give way where somebody looks in between."""
+"""A joint graph of loss and gradients trains like two graphs, and is not used if something runs in between."""
 
 import copy
 
@@ -30,7 +30,7 @@ def _can_trace():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The numbers of the steps whose gradients came with their loss."""
+    """The steps whose gradients came from the joint graph."""
     steps, original = [], JointStep.step
 
     def step(self, x, y):
@@ -42,7 +42,7 @@ def taken(monkeypatch):
 
 
 class Two(nn.Module):
-    """Two layers and a shift, and parameters that share a gradient or have none."""
+    """Two layers and a shift; two parameters share a gradient, another has none."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Two(nn.Module):
         self.again = nn.Parameter(torch.zeros(3))
 
     def terms(self, x, y):
-        # one tensor to autograd, the gradient of both
+        # a single tensor for autograd, so both have the same gradient
         out = self.second(self.first(x).tanh()) + (self.shift + self.again)
         loss = (out - x).square().mean() + (0 if y is None else y.float().mean())
         return {"loss": loss, "twice": 2 * loss}, torch.stack([loss, 2 * loss]).detach()
@@ -79,7 +79,7 @@ def require_as_by_the_engine(module, x, y, terms, values):
 def test_joint_step_matches_autograd_engine(graphs, labels):
     module = Two()
     step = joint_of(module).step
-    for n in (5, 5, 2):  # the last one runs as it is
+    for n in (5, 5, 2):  # the last one runs uncompiled
         x, y = torch.rand(n, 3), torch.arange(n) if labels else None
         require_as_by_the_engine(module, x, y, *step(x, y))
     assert module.unused.weight.grad is None and module.shift.grad is not None
@@ -121,7 +121,7 @@ def test_gradients_have_layout_of_weights(graphs):
 
 
 class Exact(nn.Module):
-    """A layer in 16 bits and one that autocast has to leave alone."""
+    """A layer in 16 bits and one in a region without autocast."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class Exact(nn.Module):
 
 
 @pytest.mark.parametrize("joined", [True, False])
-@pytest.mark.parametrize("n", [5, 2])  # compiled or as it is
+@pytest.mark.parametrize("n", [5, 2])  # compiled or not
 def test_exact_regions_under_autocast_have_exact_gradients(aot_graphs, n, joined):
     module, x = Exact(), torch.rand(n, 3)
     plain, in_bf16 = copy.deepcopy(module), torch.autocast("cpu", torch.bfloat16)
@@ -176,7 +176,7 @@ def test_unsupported_torch_disables_joint_step(graphs, taken, monkeypatch):
     assert taken == [] and len(graphs) == 1
 
 
-# ---- in a training run ----------------------------------------------------------------------------------------------
+# ---- training runs ---------------------------------------------------------------------------------------------------
 
 
 def model(name="dense_ae", mode="default", cls=None, **settings):
@@ -247,7 +247,7 @@ class LooksBackward(pl.Callback):
 
 
 class LooksAtGradients(pl.Callback):
-    """Has nothing to do with how they came about."""
+    """Reads gradients before the step, which does not depend on how they were computed."""
 
     def __init__(self):
         self.seen = []
@@ -257,7 +257,7 @@ class LooksAtGradients(pl.Callback):
 
 
 class Own(DenseAE):
-    """A model from elsewhere."""
+    """A subclass that is not from aezoo."""
 
 
 class OwnBackward(DenseAE):
@@ -283,7 +283,7 @@ def hooked(after=False):
 
 
 class HooksAfter(pl.Callback):
-    """In the middle of an epoch."""
+    """Adds a hook in the middle of an epoch."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 2:
@@ -291,7 +291,7 @@ class HooksAfter(pl.Callback):
 
 
 class Hooks(pl.Callback):
-    """For a single step."""
+    """Adds a hook for a single step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 2:
@@ -376,7 +376,7 @@ def test_replaced_parameter_is_trained_within_epoch(graphs, taken, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # in torch's compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's compiler
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("joined", [True, False])
 def test_layer_hooks_added_and_removed_mid_epoch_are_called(graphs, taken, monkeypatch, joined, backward):
@@ -450,7 +450,7 @@ def test_joint_graph_failure_falls_back_to_two_graphs(monkeypatch, recwarn):
     assert compiled == ["joint", "loss"]
     assert not [one for one in recwarn if "not compiled" in str(one.message)]
     monkeypatch.setattr("aezoo.speed.fast_loop.set_joint_step", lambda trainer, joint: None)
-    # the first step, which has run as it is, is rounded otherwise
+    # the first step runs uncompiled, with other rounding
     for one, other in zip(end_of(found)[0], end_of(fit(model("vae")))[0], strict=True):
         torch.testing.assert_close(one, other)
 
@@ -469,7 +469,7 @@ class Residual(nn.Module):
 
 @pytest.mark.slow
 def test_upsampling_layers_have_correct_gradients():
-    """By inductor of torch 2.13 as it is they are 0 there, or the step ends in an UnboundLocalError."""
+    """With inductor of torch 2.13 alone, these gradients are 0, or the step raises an UnboundLocalError."""
     torch.manual_seed(0)
     ends = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
     net = nn.Sequential(ends[0], Residual(), nn.Upsample(scale_factor=2.0), Residual(), ends[1])

@@ -1,4 +1,4 @@
-"""Likelihoods as a fit computes them: the same values and derivatives, without copies of images."""
+"""Likelihoods in a fit have the same values and derivatives, without copies of images."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def likelihood(name: str) -> Likelihood:
 
 
 class Noted(TorchDispatchMode):
-    """Operations by name."""
+    """Records operations by name."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.overloadpacket.__name__)
@@ -43,12 +43,12 @@ def test_images_with_channels_last_are_not_copied(name: str) -> None:
         torch.autograd.grad(found.sum(), last[0])
     torch.testing.assert_close(found, own.log_prob(params, x))
     assert "clone" not in noted.names
-    # and where only one of the two lies so
+    # also if only one of the two has this layout
     torch.testing.assert_close(own.log_prob(params, last[1]), found)
 
 
 def test_cross_entropy_is_computed_in_memory_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel copies others, where no test sees it."""
+    """Its kernel copies tensors of other layouts, which is not visible in the operations."""
     seen, real = [], torch.nn.functional.binary_cross_entropy_with_logits
 
     def noted(*args: torch.Tensor, **kwargs: Any) -> torch.Tensor:

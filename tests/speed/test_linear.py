@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN against torch's own: values, derivatives, and where they are taken."""
+"""Linear layers with oneDNN compared with torch's: values, derivatives, and when they are used."""
 
 import copy
 import subprocess
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.skipif(
     reason="torch was built without oneDNN",
 )
 ZEN_5 = {"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}
-# torch.jit, which torch has deprecated and its inductor and torch.func's forward mode load
+# inductor and forward-mode AD load the deprecated torch.jit
 OF_TORCH = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 SHAPES = [(5,), (2, 3), (2, 1, 4)]
 
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch):
-    """As on a processor of which MKL uses half, for layers of any size; the shapes that oneDNN was given."""
+    """As on a processor where MKL uses half of the vector width, for layers of any size; the shapes given to oneDNN."""
     torch.manual_seed(7)
     shapes, product = [], linear.onednn_linear
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
@@ -44,7 +44,7 @@ def twins(n_in, n_out, bias=True):
 
 
 def derivatives(layer, x, weight):
-    """Of a weighted sum of the squares of outputs, and of the squares of those."""
+    """Derivatives of a weighted sum of squared outputs, and of the sum of their squares."""
     loss = (layer(x).square() * weight).sum()
     first = torch.autograd.grad(loss, [x, *layer.parameters()], create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *layer.parameters()])
@@ -65,7 +65,7 @@ def test_linear_matches_torch_to_second_order(taken, rows, bias):
 
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
 def test_batched_gradients_match_torch(taken, rows):
-    """Torch's other way of many derivatives, of both orders, which knows its own operators only."""
+    """Vmap over gradients of both orders, which only supports torch's operators."""
     x, many = torch.randn(*rows, 4), torch.randn(5, *rows, 3)
     found, wanted = (
         [
@@ -79,12 +79,12 @@ def test_batched_gradients_match_torch(taken, rows):
     assert taken
 
 
-# of torch 2.15, about tensors of its own
+# of torch 2.15, about its own tensors
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("rows", SHAPES, ids=str)
 def test_product_operator_passes_opcheck(rows):
-    """Schema, shapes without values, derivatives, and all of that under AOTAutograd."""
+    """Schema, meta shapes, derivatives, and all of them under AOTAutograd."""
     for bias in (None, torch.randn(3, requires_grad=True)):
         a, b = torch.randn(*rows, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
         torch.library.opcheck(torch.ops.aezoo.product, (a, b, bias))
@@ -119,7 +119,7 @@ def test_overlapping_windows_match_torch(taken):
 
 
 class Strides(TorchDispatchMode):
-    """Shape and strides of each matrix that oneDNN is given for weights."""
+    """Records the shape and strides of each weight matrix given to oneDNN."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class Strides(TorchDispatchMode):
 
 
 def test_strided_weights_are_copied_for_onednn():
-    """As of a dictionary's prefix, and of the gradient of a code of which a part is taken."""
+    """For example a prefix of a dictionary, or the gradient of a slice of a code."""
     wide, x = torch.randn(6, 9), torch.randn(5, 4)
     with Strides() as strides:
         for weight in (wide[:3, :4], wide.t()[:3, :4], wide[:4, ::3].t(), wide[:1, :4], wide[::5, :4][:, :4]):
@@ -146,7 +146,7 @@ def test_strided_weights_are_copied_for_onednn():
 
 
 def test_saved_tensors_match_torch(taken):
-    """As torch does: what is not kept may change, or be freed."""
+    """No more tensors than torch saves: others may change or be freed."""
     x = torch.randn(5, 4)
     for frozen in ((), ("weight",), ("weight", "bias"), ("bias",)):
         for needs in (False, True):
@@ -158,7 +158,7 @@ def test_saved_tensors_match_torch(taken):
                 keep = lambda t, seen=seen: (seen.append(t.shape), t)[1]  # noqa: E731
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                     layer(x.clone().requires_grad_(needs))
-                # torch keeps its transpose
+                # torch saves the transpose
                 kept.append(sorted(tuple(sorted(shape)) for shape in seen))
             assert kept[0] == kept[1], (frozen, needs)
     assert taken
@@ -256,7 +256,7 @@ def test_transforms_and_forward_ad_use_torch_linear(taken):
 
 
 class Own(torch.Tensor):
-    """A class that has its own way."""
+    """A subclass with its own implementation."""
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

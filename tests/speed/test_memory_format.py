@@ -1,4 +1,4 @@
-"""Images keep one order in memory through a training step, whatever they come from and go to."""
+"""Images keep their memory format through a training step."""
 
 from collections import Counter
 from typing import Any
@@ -23,12 +23,12 @@ from aezoo.speed.memory_format import (
 )
 
 LAST = torch.channels_last
-# smaller ones take no time in any order
+# smaller images take no noticeable time
 MANY = 2_000
 
 
 class Mixed(TorchDispatchMode):
-    """Counts operations on images of one shape that lie in several orders: channels first, last, or batch inner."""
+    """Counts operations on images of one shape in several formats: channels first, last, or batch inner."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_models_do_not_mix_memory_formats(name: str, settings: dict[str, Any]) -
 
 
 def test_dncnn_mixes_formats_only_for_noise() -> None:
-    # it is drawn with channels first, so as not to depend on how images lie
+    # noise is drawn with channels first, so that it does not depend on the layout of images
     found = mixed("dncnn", (3, 28, 28), depth=4, width=16, likelihood="gaussian")
     assert {*found} == {"aten.add.Tensor (16, 3, 28, 28)"}
 
@@ -96,7 +96,7 @@ def test_mixed_memory_formats_are_counted() -> None:
 
 
 class Seen(nn.Identity):
-    """Keeps the gradient of what goes through."""
+    """Keeps the gradient that passes through."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -126,7 +126,7 @@ def test_flatten_has_derivatives_of_any_order() -> None:
 
 def test_keep_grad_layout_ignores_other_tensors() -> None:
     image = torch.rand(2, 3, 4, 5).contiguous(memory_format=LAST)
-    assert keep_grad_layout(image) is image  # no gradient
+    assert keep_grad_layout(image) is image  # without a gradient
     one_channel = torch.zeros(2, 1, 4, 5).as_strided((2, 1, 4, 5), (20, 1, 5, 1))
     for other in (torch.rand(2, 3, 4, 5), torch.rand(2, 60), one_channel):
         assert keep_grad_layout(other.requires_grad_()) is other

@@ -1,4 +1,4 @@
-"""The fast prediction loop does what Lightning's does: the same calls, predictions and counters, batch for batch."""
+"""The fast prediction loop does the same as Lightning's: calls, predictions and counters are equal for each batch."""
 
 import lightning.pytorch as pl
 import pytest
@@ -16,7 +16,7 @@ HOOKS = [name for name in vars(pl.Callback) if "predict" in name]
 
 
 class WithHooks(DenseAE):
-    """Asked around each batch, and told what moved."""
+    """Records hooks of the module around each batch, and transfers."""
 
     def on_predict_batch_start(self, batch, batch_idx):
         self.seen = getattr(self, "seen", [])
@@ -102,11 +102,11 @@ CASES = {
 
 
 def recorder(trace):
-    """A callback that writes down the name, the counters and the arguments of each call."""
+    """A callback that records the name, the counters and the arguments of each call."""
 
     def note(name):
         def hook(self, trainer, module, *args):
-            # a batch is one of lists; outputs are one of tensors
+            # batches are lists, outputs dicts of tensors
             told = [sum(float(v.double().sum()) for v in (a.values() if isinstance(a, dict) else a))
                     if isinstance(a, dict | list | tuple) else a for a in args]  # fmt: skip
             progress = trainer.predict_loop.batch_progress.state_dict()
@@ -118,7 +118,7 @@ def recorder(trace):
 
 
 def predict(model=DenseAE, data=digits, callbacks=(), returned=True, shape=(1, 8, 8), **plain):
-    """What was called, what came of it, what is counted, and whether the loop was light."""
+    """The calls, the predictions, the counters, and whether the fast loop was used."""
     torch.manual_seed(0)
     module, trace, given = model(shape, hidden_dims=(16,), latent_dim=4), [], data()
     light: list[bool] = []
@@ -159,7 +159,7 @@ def test_predict_loop_matches_lightning_calls_and_outputs(monkeypatch, case):
 
 @pytest.mark.filterwarnings("ignore:.*infer the batch")
 def test_callbacks_added_before_first_batch_are_called():
-    """Even after the module's own start."""
+    """Even after the start hooks of the module."""
 
     class Brings(pl.Callback):
         def on_predict_epoch_start(self, trainer, pl_module):
@@ -173,7 +173,7 @@ def test_callbacks_added_before_first_batch_are_called():
         assert [name for name, *_ in trace].count("on_predict_batch_end") > 2
 
 
-def test_a_batch_in_place_is_not_moved(monkeypatch):
+def test_a_batch_on_the_device_is_not_moved(monkeypatch):
     moved, real = [], SingleDeviceStrategy.batch_to_device
     monkeypatch.setattr(SingleDeviceStrategy, "batch_to_device", lambda *a, **k: (moved.append(a), real(*a, **k))[1])
     predict()

@@ -1,4 +1,4 @@
-"""The whole of `aezoo.speed`: swapped in by a fit or a prediction, out at its end, with the same numbers without it."""
+"""`aezoo.speed` as a whole: enabled during a fit or a prediction, disabled after it, with the same results."""
 
 import ast
 import copy
@@ -67,7 +67,7 @@ def losses(setting: str, name: str, shape: tuple[int, ...], precision: Any, monk
         ("dense_ae", (1, 12, 12), {}, "32-true"),
         ("vae", (1, 12, 12), {}, "32-true"),
         ("topk_sae", (24,), {"latent_dim": 48, "k": 4}, "32-true"),
-        # in double precision, where steps do not amplify the rounding of sums in another order
+        # in float64, where training does not amplify the rounding of sums in another order
         ("vae", (1, 12, 12), CONV, "64-true"),
         ("vae", (3, 12, 12), {**CONV, "net": "resnet", "likelihood": "gaussian"}, "64-true"),
         ("vq_vae", (1, 12, 12), {"hidden_dims": (8, 8)}, "64-true"),
@@ -84,7 +84,7 @@ def test_losses_match_without_speed_package(
 
 
 class SwapRecorder(pl.Callback):
-    """What is swapped in, and what copies there are, while a fit or a prediction runs."""
+    """Records the swapped classes, and copies of the model, during a fit or a prediction."""
 
     def __init__(self, then: BaseException | None = None) -> None:
         self.then = then
@@ -97,7 +97,7 @@ class SwapRecorder(pl.Callback):
         inner.predict(module, data(module.input_shape, 16))
         module.trainer = before
         module.train()
-        assert {type(part) for part in faster(module)} == self.kinds  # a prediction within the fit takes none out
+        assert {type(part) for part in faster(module)} == self.kinds  # a prediction within the fit restores none
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert not faster(other)
             assert [*other.state_dict()] == [*module.state_dict()]
@@ -139,7 +139,7 @@ def test_only_exact_layer_classes_are_swapped(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(linear, "MKL_HALF_WIDTH", True)
 
     class Own(nn.Linear):
-        """A layer of a user."""
+        """A user's layer."""
 
     scaled = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     net = nn.Sequential(nn.Linear(3, 3), Own(3, 3), scaled, nn.Conv2d(3, 3, 1), narrow_conv.Conv2d(3, 3, 1))

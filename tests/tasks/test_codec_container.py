@@ -1,4 +1,4 @@
-"""Files .aez from hostile hands: whatever stands in them, under a right checksum too, gives one line or what was in."""
+"""Hostile .aez files: any content, even with a correct checksum, gives a one-line error or the original samples."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ MODES = ("lossless", "lossy")
 
 
 def take_apart(content):
-    """Header and frames [n, digest, payload] of a file, by the format's description."""
+    """Header and frames [n, digest, payload] of a file, as in the format's description."""
     assert content[:8] == b"\x89AEZ\r\n\x1a\n" and hashlib.sha256(content[:-32]).digest() == content[-32:]
     version, size = struct.unpack("<HI", content[8:14])
     assert version == 1
@@ -57,7 +57,7 @@ def written(tmp_path_factory):
 
 
 def outcome(written, content, **options):
-    """The message of the refusal, or the samples."""
+    """The error message, or the samples."""
     model, _, path, _ = written
     path.write_bytes(content)
     try:

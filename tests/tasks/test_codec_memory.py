@@ -1,4 +1,4 @@
-"""compress and decompress take memory for a part of their samples only, as a limit of the system shows."""
+"""compress and decompress hold a part of their samples in memory, as checked by a system limit."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What the codec promises beyond a round trip: layers of latents, other machines, whole files, fair tables."""
+"""Guarantees of the codec besides roundtrips: hierarchical latents, other machines, whole files, comparable tables."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ from aezoo.tasks.samples import reference_tensor
 
 
 class WithoutFloat64(TorchFunctionMode):
-    """Takes all tensors for those of a device that has no float64, until `.cpu()` has fetched them."""
+    """Treats all tensors as those of a device without float64, until `.cpu()` is called."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.double and not getattr(args[0], "fetched", False):
@@ -33,7 +33,7 @@ class WithoutFloat64(TorchFunctionMode):
 
 
 class TwoLayers(Autoencoder):
-    """p(z2) p(z1 | z2) p(x | z1), q(z2 | x) q(z1 | x, z2), all of them linear and no two alike."""
+    """p(z2) p(z1 | z2) p(x | z1), q(z2 | x) q(z1 | x, z2), all of them linear and different."""
 
     has_prior = True
 
@@ -85,11 +85,11 @@ def bits(n):
 def vae(likelihood="bernoulli", shape=(64,), **settings):
     torch.manual_seed(0)
     model = aezoo.create_model("vae", shape, likelihood=likelihood, **({"hidden_dims": (16,)} | settings)).eval()
-    with torch.no_grad():  # away from the initial weights, where q is the prior and p(x|z) is the same for all x
+    with torch.no_grad():  # at the initial weights, q is close to the prior and p(x|z) hardly depends on x
         for weights in model.parameters():
             weights.mul_(2)
         (*_, last) = (part for part in model.encoder.modules() if isinstance(part, nn.Linear))
-        last.bias[len(last.bias) // 2 :] -= 4  # a narrow posterior, so that one draw of z tells much of the mean
+        last.bias[len(last.bias) // 2 :] -= 4  # a narrow posterior, so that a draw of z is close to the mean
     return model
 
 
@@ -129,14 +129,14 @@ def test_two_latent_layers_cost_both_kls_and_roundtrip(tmp_path):
 def test_net_rate_matches_model_elbo(likelihood, shape, settings, precision):
     model = vae(likelihood, shape, latent_dim=6, **settings)
     torch.manual_seed(2)
-    with torch.no_grad():  # samples that the model may have given, as a trained one's are
+    with torch.no_grad():  # samples drawn from the model, as those of a trained one would be
         x = model.likelihood.sample(model.decoder(torch.randn(200, 6)))
     found = compress(model, x, compare=False, precision=precision)
     torch.manual_seed(5)
     with torch.no_grad():
         elbo = np.mean([float(model.loss(x)["elbo"]) for _ in range(50)])
     assert found.net_bits == pytest.approx(-200 * elbo / math.log(2), rel=0.01)
-    # what lies in the file: net bits, initial bits, and a header that is the same for any number of samples
+    # the file contains net bits, initial bits, and a header of constant size
     one = compress(model, x[:1], compare=False, precision=precision)
     heads = [8 * len(part.contents[0]) - part.net_bits - part.initial_bits for part in (found, one)]
     assert heads[0] == pytest.approx(heads[1], abs=128) and heads[1] < 8 * 800
@@ -166,9 +166,9 @@ def test_file_with_too_many_samples_is_refused_immediately():
 
 @pytest.mark.slow
 def test_initial_bits_do_not_grow_with_samples():
-    model, x = vae(latent_dim=32), bits(300)  # a sample takes twice the bits that it leaves
+    model, x = vae(latent_dim=32), bits(300)  # a sample takes twice the bits that it recovers
     one, all_of_them = (compress(model, part, compare=False) for part in (x[:1], x))
-    # of 32 numbers some ten bits each, in words of 32
+    # about ten bits for each of 32 numbers, in words of 32 bits
     assert 32 * 9 <= one.initial_bits <= all_of_them.initial_bits <= 1.5 * one.initial_bits
     assert one.initial_bits + 32 > 2 * all_of_them.net_bits / 300
 
@@ -192,7 +192,7 @@ def test_an_empty_set_is_refused():
 
 
 def other_arithmetic(model, error):
-    """Makes the network compute as a machine that rounds otherwise would."""
+    """Make the network round like another machine."""
     return model.decoder.register_forward_hook(lambda module, given, out: out * (1 + error))
 
 
@@ -244,7 +244,7 @@ def test_decoding_uses_thread_count_of_encoding(tmp_path):
         seen.clear()
     decompress(model, str(tmp_path / "samples.aez"), threads=1)
     assert set(seen) == {1}
-    # for so small a network the arithmetic is the same; only the header says how many threads there were
+    # rounding of so small a network is the same; only the header depends on the number of threads
     assert len(files[1][0]) == len(files[2][0])
 
 
@@ -286,12 +286,12 @@ def test_missing_constriction_names_extra_to_install(monkeypatch, tmp_path):
 def test_quantisation_error_is_step_squared_over_12():
     codes = (np.random.default_rng(0).normal(size=(4000, 3)) * [1, 10, 0.1]).astype(np.float32)
     quantiser = lossy.ScalarQuantiser.fit(codes, lambda z: z * np.float32([5, 1, 1]), 2.0, "deviation")
-    assert quantiser.step == pytest.approx(codes.std(0) / 4, rel=1e-5)  # whatever the decoder makes of them
+    assert quantiser.step == pytest.approx(codes.std(0) / 4, rel=1e-5)  # whatever the decoder
     error = quantiser.codes(quantiser.symbols(codes)) - codes
     assert (error**2).mean(0) == pytest.approx(quantiser.step**2 / 12, rel=0.1)
     model, x = vae(), torch.rand(60, 64)
     psnr = [row["psnr"] for row in compress(model, x, steps="deviation", quality=(0.0, 4.0, 9.0), compare=False).rows]
-    # the coarser the codes, the farther from what the model itself gives back
+    # coarser codes are farther from the model's reconstruction
     with torch.no_grad():
         own = -10 * math.log10(float(((model(x) - x) ** 2).mean()))
     assert psnr[2] == pytest.approx(own, abs=0.05) and abs(psnr[0] - own) > abs(psnr[2] - own)

@@ -1,4 +1,4 @@
-"""Commands for trained models: models and samples from files, results into a folder, errors of one line."""
+"""Commands for trained models: models and samples from files, results in a folder, one-line errors."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ from aezoo.training.data_units import DataUnits
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder, as `aezoo fit` leaves it, of vectors that are not in [0, 1]."""
+    """A run folder of `aezoo fit`, with vectors outside of [0, 1]."""
     home = tmp_path_factory.mktemp("run")
     x = np.random.default_rng(0).normal(100, 5, (80, 4))
     np.savez(home / "data.npz", x=x, y=np.arange(80) % 3)
@@ -61,7 +61,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     for path in (run, saved):
         main(["decompress", "--ckpt_path", str(path), *out, "--input", str(tmp_path / "samples.aez")])
         assert np.allclose(np.load(tmp_path / "samples.npy"), expected, atol=0.1)
-    # one of another program says no units
+    # a model of another program has no units
     aezoo.save_model(aezoo.create_model("dense_ae", (4,), latent_dim=2), tmp_path / "foreign")
     np.save(tmp_path / "x.npy", given.numpy())
     main(["reconstruct", "--ckpt_path", str(tmp_path / "foreign"), "--input", str(tmp_path / "x.npy"), *out])
@@ -99,7 +99,7 @@ def test_input_file_is_scaled_as_training_data(run, tmp_path, capsys):
     model, trained = aezoo.io.checkpoint.load_run(run)
     scaled = ((torch.from_numpy(x) - trained["scaling"]["offset"]) / trained["scaling"]["factor"]).float()
     assert abs(float(scaled.mean())) < 0.2 and float(scaled.std()) == pytest.approx(1, abs=0.2)
-    # back in the units of the data
+    # converted to the units of the data
     expected = model(scaled).detach() * trained["scaling"]["factor"] + trained["scaling"]["offset"]
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, rtol=1e-6)
     assert (tmp_path / "errors.csv").read_text().splitlines()[0].endswith("label")
@@ -162,7 +162,7 @@ def test_training_classes_are_not_required_in_other_data(tmp_path, capsys):
         for command in ("test", "reconstruct"):
             main([command, "--ckpt_path", str(run), "--data", str(tmp_path / name)])
     capsys.readouterr()
-    # those of the set itself stay
+    # classes of the training set itself are kept
     main(["reconstruct", "--ckpt_path", str(run), "--split=train"])
     assert "16 samples" in capsys.readouterr().out
 
@@ -214,7 +214,7 @@ def test_table_labels_match_input_file(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A run folder of a table whose columns have names."""
+    """A run folder of a table with named columns."""
     home = tmp_path_factory.mktemp("table")
     x = np.random.default_rng(0).random((40, 3))
     rows = [",".join(map(repr, [*row, i % 2])) for i, row in enumerate(x.tolist())]
@@ -294,7 +294,7 @@ def test_input_picture_is_scaled_as_training_data(tmp_path):
     assert trained["white"] == 255 and -3 < float(scaled.min()) < -1 < 1 < float(scaled.max()) < 3
     expected = model(scaled).detach() * trained["scaling"]["factor"] + trained["scaling"]["offset"]
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), expected, rtol=1e-5)
-    # a file of a picture comes back as one, in bytes
+    # a file decodes to an image in bytes
     out = f"--out={tmp_path}"
     main(["compress", f"--ckpt_path={folder}", f"--input={tmp_path / 'photo.png'}", out, "--compare=false"])
     main(["decompress", f"--ckpt_path={folder}", f"--input={tmp_path / 'samples.aez'}", out])
@@ -397,7 +397,7 @@ def test_signal_leaves_no_partial_output(run, tmp_path, monkeypatch, number):
         os.kill(os.getpid(), number)
 
     def removed(path, **how):
-        # of a terminal the kernel and the shell tell, and the second word may come while we clean up
+        # a closing terminal sends it from the kernel and the shell, so the second may arrive during cleanup
         if number == signal.SIGHUP:
             os.kill(os.getpid(), number)
         unlink(path, **how)
@@ -412,7 +412,7 @@ def test_signal_leaves_no_partial_output(run, tmp_path, monkeypatch, number):
         with pytest.raises(SystemExit) as end:
             main(["reconstruct", "--ckpt_path", str(run), f"--out={tmp_path}"])
         assert end.value.code == 128 + number and list(tmp_path.glob("[!.]*")) == []
-        assert [path.name for path in tmp_path.iterdir()] == [".reconstruct"]  # for the same command
+        assert [path.name for path in tmp_path.iterdir()] == [".reconstruct"]  # partial results of the same command
         assert signal.getsignal(number) == afterwards
     finally:
         signal.signal(number, before)
@@ -489,7 +489,7 @@ def test_run_without_test_split_needs_input(tmp_path, capsys):
     flags = ["--data", str(tmp_path / "x.npy"), "--data.test_fraction", "0", "--trainer.max_epochs", "1"]
     main(["fit", "--model", "vae", *flags, "--trainer.default_root_dir", str(tmp_path / "runs")])
     (run,) = (str(path.parent) for path in (tmp_path / "runs").rglob("config.yaml"))
-    main(["generate", "--ckpt_path", run, f"--out={tmp_path}", "--n", "3"])  # which needs none
+    main(["generate", "--ckpt_path", run, f"--out={tmp_path}", "--n", "3"])  # which needs no data
     assert "3 samples from the model's own prior" in capsys.readouterr().out
     line = refused(capsys, "detect", "--ckpt_path", run, f"--out={tmp_path}")
     assert line.endswith("x.npy has no test split: use --split train or val, or give --input FILE")

@@ -1,4 +1,4 @@
-"""compress and decompress: the rate is the bound, what comes back is what went in, and damaged files are refused."""
+"""compress and decompress: rates match the bounds, samples roundtrip, and damaged files are refused."""
 
 import math
 
@@ -21,7 +21,7 @@ from aezoo.tasks.samples import SampleSet, reference_tensor
 def _vae(likelihood, seed=0, latent_dim=4):
     torch.manual_seed(seed)
     model = aezoo.create_model("vae", (64,), latent_dim=latent_dim, hidden_dims=(16,), likelihood=likelihood).eval()
-    with torch.no_grad():  # a posterior far from the prior, so that the KL is a good part of the bits
+    with torch.no_grad():  # a posterior far from the prior, so that the KL is a large part of the bits
         (*_, last) = (part for part in model.encoder.modules() if isinstance(part, torch.nn.Linear))
         last.bias.copy_(torch.cat([torch.full((latent_dim,), 1.5), torch.full((latent_dim,), -4.0)]))
     return model
@@ -65,7 +65,7 @@ def test_lossless_roundtrip_takes_elbo_bits(tmp_path, likelihood, k):
 def test_compress_does_not_move_model_likelihood(tmp_path, monkeypatch):
     model, moved = _vae("beta_binomial"), []
     real = torch.nn.Module._apply
-    # what .cpu() and .to() do in place
+    # called in place by .cpu() and .to()
     monkeypatch.setattr(torch.nn.Module, "_apply", lambda self, *rest: moved.append(self) or real(self, *rest))
     compress(model, torch.randint(0, 256, (20, 64)) / 255, compare=False, out=str(tmp_path))
     assert moved and not any(part is model.likelihood for part in moved)
@@ -119,7 +119,7 @@ def test_lossy_codes_take_table_bits_and_roundtrip():
     codes = (random.normal(size=(5000, 3)) * [1, 10, 0.1] + [0, 5, -3]).astype(np.float32)
     slope = np.array([1, 4, 2], np.float32)
     quantiser = lossy.ScalarQuantiser.fit(codes, lambda z: z * slope, 4.0)
-    # equal steps of the output, 2^-4 deviations of the dimension that moves it most
+    # equal steps of the output, 2^-4 deviations of the dimension that changes it most
     assert quantiser.step == pytest.approx(2**-4 * (slope * codes.std(0)).max() / slope, rel=0.01)
     codec = lossy.Codec.fit(codes, quantiser, codes.min(0), codes.max(0), len(codes))
     symbols = quantiser.symbols(codes)
@@ -191,10 +191,10 @@ def _row(method, bits, psnr=math.nan, mse=math.nan):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        # a photograph: the same size as AVIF at less PSNR, larger than PCA at less PSNR
+        # a photograph: the same size as AVIF at lower PSNR, larger than PCA at lower PSNR
         ([_row("aezoo vae", 4436, 16.3), _row("PCA", 2722, 18.3), _row("AVIF", 4390, 22.9), _row("JPEG", 9000, 30.0)],
          ["better than aezoo vae (16.3 dB) at 4436 bits per dimension: AVIF 22.9 dB, PCA 18.3 dB"]),
-        # between two qualities, in 1 % more bits: 20 + 10 log(202 / 100) / log(400 / 100) = 25.07 dB
+        # interpolated between two qualities, 1 % more bits: 20 + 10 log(202 / 100) / log(400 / 100) = 25.07 dB
         ([_row("aezoo vae", 200, 24.0), _row("JPEG", 100, 20.0), _row("JPEG", 400, 30.0)],
          ["better than aezoo vae (24 dB) at 200 bits per dimension: JPEG 25.07 dB"]),
         ([_row("aezoo vae", 200, 26.0), _row("JPEG", 100, 20.0), _row("JPEG", 400, 30.0), _row("xz (lossless)", 500)],
@@ -206,7 +206,7 @@ def _row(method, bits, psnr=math.nan, mse=math.nan):
         ([_row("aezoo, the file", 20), _row("xz (lossless)", 24)],
          ["formats smaller than the file of 20 bits per dimension: none"]),
         ([_row("aezoo vae", 600, 26.0)], []),
-        # nothing else is as small, which praises no model
+        # no other method is as small, which does not imply that the model is good
         ([_row("aezoo vae", 100, -4.0), _row("mean sample", 0, -5.0), _row("PCA", 800, 15.6), _row("AVIF", 200, 12.8)],
          ["no other method is as small as aezoo vae (-4 dB) at 100 bits per dimension; the nearest: AVIF 12.8 dB at "
           "200"]),
@@ -215,7 +215,7 @@ def _row(method, bits, psnr=math.nan, mse=math.nan):
           "the nearest: AVIF 12.8 dB at 200"]),
         ([_row("aezoo vae", 100, 10.0), _row("mean sample", 0, 9.5), _row("AVIF", 100, 9.8)],
          ["no other method is better than aezoo vae (10 dB) at 100 bits per dimension, by PSNR"]),
-        # data without a peak
+        # data without a known peak
         ([_row("aezoo vae", 100, mse=2.0), _row("mean sample", 0, mse=1.5), _row("PCA", 90, mse=0.5)],
          ["better than aezoo vae (mse 2) at 100 bits per dimension: PCA mse 0.5, mean sample mse 1.5"]),
         ([_row("aezoo vae", 100, mse=0.2), _row("mean sample", 0, mse=1.5), _row("PCA", 90, mse=0.5)],
@@ -227,7 +227,7 @@ def test_the_verdict_names_methods_ahead_at_equal_rate(rows, said):
     assert Compression("lossy", rows).summary().splitlines()[1 + len(rows) :] == said
 
 
-def test_decompress_gives_back_the_kind_that_went_in(tmp_path):
+def test_decompress_writes_the_format_of_the_input(tmp_path):
     import pandas
 
     frame = pandas.DataFrame(np.random.default_rng(0).normal(1e4, 1e3, (30, 3)).round(), columns=["eur", "m2", "built"])

@@ -1,4 +1,4 @@
-"""compress and decompress of codes that are indices: bits are those of the entropy or the prior, outputs the same."""
+"""compress and decompress of codes that are indices: bits match the entropy or the prior, and outputs are equal."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ from aezoo.tasks.compress import compress
 from aezoo.tasks.decompress import decompress
 from tests.tasks.test_codec_container import FORGED, put_together, take_apart
 
-# written by aezoo before there were files of indices, from `Thirds`, mode lossy
+# written by aezoo before there were files of indices, with `Thirds` in mode lossy
 VERSION_1 = base64.b85decode(
     "i9tnL4GJ0x0RR>O004U;ZEs{{B03^$Z*y~bA}k_pZ)9a`B03^aY+-3`A}k_iX>Mm_a&U5KZge6#A~rEHWo0rsH8V3YF*Y?YH8?UbIWuH9F*s&8G%"
     ";aiH#9ggW->KpHDWk4FflMOG-fhlH8?ahF)}x1W;ZuCHX<w{ZX!B0EFyDgVQ^(4I$JU<GhHkqV{c?-Uvp?-aAhJoTQV#&T`VGEY;R+0B04fPHY_4^"
@@ -33,7 +33,7 @@ VERSION_1 = base64.b85decode(
 
 
 class Parts(Quantiser):
-    """Index k of a codebook of K is what lies from k / K to (k + 1) / K."""
+    """Index k of a codebook of K stands for values from k / K to (k + 1) / K."""
 
     def __init__(self, sizes):
         super().__init__(len(sizes), sizes)
@@ -48,7 +48,7 @@ class Parts(Quantiser):
 
 
 class Plain(DiscreteAutoencoder):
-    """A model of which a sample is its indices: (Q, places) numbers."""
+    """A model whose samples are its indices: (Q, places) numbers."""
 
     def __init__(self, input_shape, sizes=(7,)):
         super().__init__(input_shape, likelihood="gaussian")
@@ -63,7 +63,7 @@ class Plain(DiscreteAutoencoder):
         raise NotImplementedError
 
     def samples(self, given):
-        """Samples (n, Q, places) that have these indices."""
+        """Samples with the given indices, (n, Q, places)."""
         k = torch.tensor(self.index_sizes, dtype=torch.float64)[:, None]
         x = ((torch.as_tensor(given) + 0.5) / k).float()
         assert torch.equal(self.encode_indices(x), torch.as_tensor(given))
@@ -71,7 +71,7 @@ class Plain(DiscreteAutoencoder):
 
 
 class Quarters(Quantiser):
-    """Index k is what lies about k / 3, and stands for k / 4."""
+    """Index k stands for values near k / 3, and is decoded as k / 4."""
 
     def __init__(self):
         super().__init__(2, (4, 4))
@@ -85,7 +85,7 @@ class Quarters(Quantiser):
 
 
 class Thirds(DiscreteAutoencoder):
-    """What `VERSION_1` was written with; nothing of it may change."""
+    """The model with which `VERSION_1` was written; must not change."""
 
     def __init__(self, input_shape=(2, 3)):
         super().__init__(input_shape)
@@ -104,7 +104,7 @@ Thirds.__qualname__ = "Plain"
 
 
 class WithPrior(Plain):
-    """Token t, of place t // Q, has logits b_t + sum over s < t of a[s, t, token_s]; -inf beyond its codebook."""
+    """Token t, of position t // Q, has logits b_t + sum over s < t of a[s, t, token_s]; -inf beyond its codebook."""
 
     def __init__(self, input_shape, sizes=(7,), seed=0, scale=2.0):
         super().__init__(input_shape, sizes)
@@ -152,7 +152,7 @@ def prior(shape=(2, 5), sizes=(7, 4), **settings):
 
 
 def bits_by_hand(model, given):
-    """-log2 of the probability of indices (n, Q, places) under `WithPrior`, place by place, by numpy."""
+    """-log2 of the probability of indices (n, Q, places) under `WithPrior`, by position, by numpy."""
     a, b, total = model.a.numpy(), model.b.numpy(), 0.0
     q, places = given.shape[1:]
     for sample in given.numpy():
@@ -171,7 +171,7 @@ def skewed(n, places, k, power=1.0, seed=0):
 
 
 def written(model, x, tmp_path, **settings):
-    """What compress says, and its file."""
+    """The result of compress, and its file."""
     found = compress(model, x, out=str(tmp_path), **({"compare": False} | settings))
     return found, tmp_path / "samples.aez"
 
@@ -197,9 +197,9 @@ def test_index_rate_is_entropy_plus_small_table(tmp_path, k, n, power):
     counts = np.bincount(given.reshape(-1), minlength=k)
     least = given.size * entropy(counts, base=2)
     assert found.mode == "indices" and found.bound_bits == pytest.approx(least, rel=1e-9)
-    rel = 0.002 if given.size > 50 * k else 0.01  # where a fine table pays
+    rel = 0.002 if given.size > 50 * k else 0.01  # large enough for a fine table
     assert least <= found.net_bits + 32 and found.net_bits == pytest.approx(least, rel=rel, abs=64)
-    # a table never takes more than a byte for a code that occurs and what finding it takes
+    # a table takes at most one byte per code that occurs, plus the list of these codes
     assert 8 < found.table_bits <= 8 * 1.5 * (counts > 0).sum() + 8 * k / 20 + 80
     header, frames = take_apart(path.read_bytes())
     assert header["mode"] == "indices" and frames[0][0] == 0 and 8 * len(frames[0][2]) == found.table_bits
@@ -241,7 +241,7 @@ def test_fitted_table_minimises_total_size():
                 f = taken.frequencies()
                 assert f.sum() == 2**24 and f.min() >= 1
                 share = f[counts > 0] / 2**24 / (counts[counts > 0] / n)
-                # half a level, above and below, and what shares must sum to
+                # rounding by half a level up or down, times a normalisation
                 assert share.max() / share.min() <= 2 ** (1.001 / (1 << taken.resolution))
                 assert taken.bits(counts) == pytest.approx(-(counts[counts > 0] * np.log2(f[counts > 0] / 2**24)).sum())
 
@@ -263,7 +263,7 @@ def test_table_levels_are_powers_with_vanishing_loss_when_fine():
 
 def test_each_codebook_has_its_own_table(tmp_path):
     class TwoMaps(Plain):
-        """6 indices of which 2 are of a codebook of their own, as the top of a hierarchy."""
+        """6 indices, of which 2 have a separate codebook, as the top of a hierarchy."""
 
         def codebooks(self, given):
             return {"top": (given[:, :, 1:3], (7,)), "bottom": (given[:, :, [0, 3, 4, 5]], (5,))}
@@ -306,7 +306,7 @@ def test_large_codebook_indices_are_coded_as_digits(tmp_path, k):
     assert 8 * len(content) <= 360 * sum(math.log2(base) for base in bases) + 64
     wrong = flat.copy()
     wrong[5, 1] = math.prod(bases) - 1
-    if wrong[5, 1] >= k:  # digits that no index of the codebook has
+    if wrong[5, 1] >= k:  # digits that do not form an index of the codebook
         forged = indices.TableCoder.fit(codebooks, iter([wrong]))
         with pytest.raises(ValueError, match="not in its codebook"):
             forged.decode(forged.encode(wrong), 60)
@@ -334,15 +334,15 @@ def test_prior_coded_rate_is_cross_entropy(tmp_path, sizes):
     assert found.mode == "prior" and found.table_bits == 0
     assert found.bound_bits == pytest.approx(least, rel=1e-5)
     assert least <= found.net_bits <= 1.001 * least + 64 + 64 + 5 * 8
-    # the file, less its header, one frame's head and the checksum
+    # the file without its header, the frame's header and the checksum
     header, frames = take_apart(path.read_bytes())
     assert header["mode"] == "prior" and [frame[0] for frame in frames] == [300]
     assert 8 * len(frames[0][2]) == found.net_bits
-    # which is less than a table for each codebook can do
+    # less than with a table for each codebook
     pooled = [given[:, q].reshape(-1) for q in range(len(sizes))]
     assert found.net_bits < 0.9 * sum(len(part) * entropy(torch.bincount(part).numpy(), base=2) for part in pooled)
     assert np.array_equal(decompress(model, str(path)).x, right(model, x, 64))
-    # what others take for this: a prior of the next token, or tokens of another order
+    # common mistakes: a prior of the next token, or tokens in another order
     tokens = model.to_tokens(given)
     wrong = {
         "the logits of the token after": lambda t: model.next_logits(tokens, min(t + 1, tokens.shape[1] - 1)),
@@ -363,7 +363,7 @@ def test_uniform_prior_costs_log2_k_and_certain_prior_zero(tmp_path, sizes):
     assert found.bound_bits == pytest.approx(bits, rel=1e-5)
     assert bits <= found.net_bits <= bits + 64 + 64 + 16
     assert decompress(model, str(path)).same
-    # the token that follows is the only one that can
+    # the next token is certain
     with torch.no_grad():
         model.b.fill_(-1e9)
         chosen = model.to_tokens(given[:1])[0]
@@ -371,7 +371,7 @@ def test_uniform_prior_costs_log2_k_and_certain_prior_zero(tmp_path, sizes):
     found, path = written(model, model.samples(given[:1].expand(400, -1, -1)), tmp_path)
     assert found.bound_bits == 0 and found.net_bits <= 64 + 64 + 16
     assert decompress(model, str(path)).same
-    # and where it comes about all the same, it costs 24 bits and comes back
+    # an unlikely token costs 24 bits and roundtrips
     surprise = given[:1].expand(400, -1, -1).clone()
     surprise[7] = (surprise[7] + 1) % torch.tensor(sizes)[:, None]
     found, path = written(model, model.samples(surprise), tmp_path)
@@ -386,7 +386,7 @@ def test_coding_takes_one_pass_per_token_of_a_block(tmp_path):
     model.calls.clear()
     _, path = written(model, x, tmp_path, batch_size=32)
     blocks = [32] * 10 + [32] * 10 + [6] * 10
-    # the rate that `log_prob` gives, the file, and its first block once more, to see whether it can be decoded
+    # for the rate by `log_prob`, for the file, and for decoding its first block as a check
     assert sorted(model.calls) == sorted(blocks * 2 + [32] * 10)
     model.calls.clear()
     decompress(model, str(path))
@@ -406,7 +406,7 @@ def test_frames_and_blocks_of_any_size_roundtrip(tmp_path, monkeypatch, batch_si
         assert np.array_equal(decompress(model, str(path)).x, right(model, x, min(batch_size, 4)))
 
 
-# ---- what comes back, or is refused ----------------------------------------------------------------------------------
+# ---- roundtrips and refusals -----------------------------------------------------------------------------------------
 
 KINDS = {"prior": lambda: prior((2, 3), (5, 4), seed=3), "indices": lambda: Plain((2, 3), (5, 4)).eval()}
 
@@ -601,7 +601,7 @@ def test_a_prior_of_nan_is_refused(value):
         compress(model, torch.rand(5, 2, 3), compare=False)
 
 
-def test_books_too_large_for_a_prior_are_refused():
+def test_codebooks_too_large_for_a_prior_are_refused():
     model = Plain((1, 3), (2**16 + 1,)).eval()
     model.to_tokens = lambda given: given.flatten(1)
     with pytest.raises(AezooError, match="use smaller codebooks"):
@@ -643,7 +643,7 @@ def test_table_has_one_row_per_model(tmp_path, kind):
     assert len([row for row in rows[3.0] if row["method"] == "PCA 8 + histograms"]) == 5
     assert rows[3.0][0] == rows[(1.0, 2.0)][0]
     assert {"rate_distortion.csv", "rate_distortion.png"} <= {path.name for path in tmp_path.iterdir()}
-    if kind == "prior":  # what the tables would have taken
+    if kind == "prior":  # the size with tables
         plain, _ = written(Plain((1, 8), (9,)).eval(), x, tmp_path / "plain")
         assert own[1]["bytes"] == pytest.approx(plain.rows[0]["bytes"], abs=12)
 

@@ -1,4 +1,4 @@
-"""compress and decompress of codes under learned laws: bits are those of the laws, outputs those of the model."""
+"""compress and decompress of codes with learned distributions: bits match these, and outputs match the model."""
 
 import hashlib
 import itertools
@@ -23,7 +23,7 @@ SHAPE = (1, 9, 10)
 
 
 def small(name, width=20.0, shape=SHAPE, **settings):
-    """A model whose codes are `width` times as wide as they start."""
+    """A model whose initial codes are scaled by `width`."""
     given = {"hidden_dims": (6, 8), "latent_dim": 6, "hyper_dim": 3, "hyper_hidden_dims": (4,), "groups": (1, 2, 3)}
     given |= {"attention": False}
     known = aezoo.registry.hyperparameters(name)
@@ -43,7 +43,7 @@ def data(n=50, shape=SHAPE):
 
 
 def trained(model):
-    """With laws that fit its codes: numbers far out cost less as escapes than their law says."""
+    """Train the distributions, since codes far outside cost less as escapes than by their probability."""
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(60):
         optimizer.zero_grad()
@@ -66,8 +66,8 @@ def test_file_decodes_to_reconstruction_in_model_bits(name, tmp_path):
     with torch.no_grad():
         rate = sum(float(model.loss(part)["rate"]) * len(part) for part in x.split(64))
     assert found.bound_bits == pytest.approx(rate / math.log(2), rel=1e-5)
-    # a table's scale is at most 6 % from the law's
-    # there a sample has a stream of its own, with its size and a state of 64 bits
+    # the scale of a table differs by at most 6 % from the distribution's
+    # each sample of compressai has a separate stream, with its size and a state of 64 bits
     streams = 200 * (32 + 64) if name == "compressai" else 0
     assert 0.99 * found.bound_bits < found.net_bits < 1.02 * found.bound_bits + 200 + streams
     size = (tmp_path / "samples.aez").stat().st_size
@@ -94,7 +94,7 @@ def test_single_position_code_roundtrips_with_checkerboard(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["factorized_prior", "joint_ar_hyperprior", "cheng2020"])
 def test_values_beyond_tables_are_escaped(name, tmp_path):
-    """A code of tens of thousands under laws some ten wide: escapes, of either sign."""
+    """Codes of tens of thousands with scales of about ten need escapes of either sign."""
     model, x = small(name, width=3e5), data(20)
     symbols = entropy_model.encode(model, x)
     widest = max(-low for low, _ in model.tables())
@@ -165,7 +165,7 @@ def test_unsupported_qualities_are_refused(tmp_path):
         with pytest.raises(AezooError, match="give a number from 0 to"):
             decompress(model, str(tmp_path / "forged.aez"))
         assert model.quality == model.max_quality
-    # at another quality of the model numbers are others
+    # another quality of the model gives other symbols
     compress(several, x, out=str(tmp_path), compare=False)
     header, frames = take_apart((tmp_path / "samples.aez").read_bytes())
     (tmp_path / "forged.aez").write_bytes(put_together(header | {"quality": 1.0}, frames))
@@ -204,7 +204,7 @@ def test_non_finite_or_huge_codes_are_refused(value):
 
 
 def test_nan_codes_are_refused_before_integer_cast(monkeypatch):
-    """As ARM's do."""
+    """On ARM, NaN becomes 0."""
     model, long = small("factorized_prior"), torch.Tensor.long
     with torch.no_grad():
         model.encoder[-1].bias[2] = math.nan
@@ -265,7 +265,7 @@ def test_foreign_and_forged_files_are_refused(tmp_path):
 
 
 def test_coded_symbols_have_rate_of_loss():
-    """The bound of whole numbers is the rate of the samples that they came from."""
+    """The rate of coded symbols equals that of the samples they come from."""
     model, x = small("elic"), data(9)
     symbols = torch.from_numpy(entropy_model.encode(model, x))
     coder = SymbolReader(aezoo.bases.entropy_coded.read_in_order(symbols))

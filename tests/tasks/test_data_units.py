@@ -1,4 +1,4 @@
-"""Commands in Python on models that were trained on scaled tables: in the units of the table, or refused."""
+"""Commands in Python with models trained on scaled tables use the units of the table or refuse."""
 
 import json
 from dataclasses import replace
@@ -64,7 +64,7 @@ def test_wrong_columns_and_unscaled_arrays_are_refused(model, frame, z):
         aezoo.reconstruct(model, frame[NAMES[::-1]])
     with pytest.raises(AezooError, match=r"in the units of the data .*give a DataFrame"):
         aezoo.detect(model, frame.to_numpy())
-    # anomalies in the model's scale are no such arrays
+    # standardised values far from 0 are accepted
     aezoo.reconstruct(model, z * 100)
     with pytest.raises(AezooError, match=r"takes a model, not a str: give aezoo.load_model\('runs/vae/0'\)"):
         aezoo.reconstruct("runs/vae/0", frame)
@@ -120,5 +120,5 @@ def test_files_of_samples_are_in_units_and_arrays_in_scale(model, frame, z, tmp_
     assert np.allclose(np.load(tmp_path / "reconstructions.npy"), found.x_hat * DEVIATION + MEAN)
     with pytest.raises(AezooError, match="n_shown"):
         aezoo.reconstruct(model, z * 0, out=tmp_path, n_shown=-1)
-    assert np.load(tmp_path / "reconstructions.npy").std(0)[1] > 1  # of before
+    assert np.load(tmp_path / "reconstructions.npy").std(0)[1] > 1  # reconstructions of the earlier call
     assert not list(tmp_path.glob(".tmp*"))

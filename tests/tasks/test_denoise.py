@@ -1,4 +1,4 @@
-"""denoise: the Wiener filter's error in closed form, filters against scikit-image, noise of the seed only."""
+"""denoise: the Wiener filter's closed-form error, filters compared with scikit-image, and seeded noise."""
 
 import csv
 import sys
@@ -49,15 +49,15 @@ def test_wiener_filter_model_has_wiener_error():
     mix = rng.normal(0, 1, (d, d)) / np.arange(1, d + 1)
     covariance, mean = mix @ mix.T, rng.normal(0, 1, d)
     x = (rng.normal(0, 1, (20_000, d)) @ mix.T + mean).astype(np.float32)
-    # x_hat = mean + C (C + sigma^2 I)^-1 (y - mean), of error tr(C - C (C + sigma^2 I)^-1 C)
+    # x_hat = mean + C (C + sigma^2 I)^-1 (y - mean), with error tr(C - C (C + sigma^2 I)^-1 C)
     wiener = covariance @ np.linalg.inv(covariance + sigma**2 * np.eye(d))
     expected = np.trace(covariance - wiener @ covariance) / d
     model = linear(wiener, mean - wiener @ mean)
     found = denoise(model, x, corrupt=f"gaussian:{sigma}", n_compared=20_000)
     rows = by_method(found)
     assert rows["linear_ae"]["mse"] == pytest.approx(expected, rel=0.01)
-    assert list(rows) == ["linear_ae", "identity"]  # a vector's values have no neighbours
-    # any other linear map does worse
+    assert list(rows) == ["linear_ae", "identity"]  # filters need neighbouring values
+    # any other linear map is worse
     for factor in (0.9, 1.1):
         other = linear(factor * wiener, mean - factor * wiener @ mean)
         assert denoise(other, x, corrupt=f"gaussian:{sigma}").rows[0]["mse"] > expected
@@ -87,7 +87,7 @@ def test_filters_match_scikit_image(channels):
     tv, means = denoise_filters.total_variation(x, 0.1), denoise_filters.non_local_means(x, 0.2, 0.15)
     assert tv.shape == means.shape == x.shape
     for i, image in enumerate(np.moveaxis(x, 1, -1)):
-        # channels last, as scikit-image documents them
+        # channels last, as documented by scikit-image
         assert np.allclose(tv[i].transpose(1, 2, 0), denoise_tv_chambolle(image, weight=0.1, channel_axis=-1))
         grey = {"channel_axis": -1} if channels == 3 else {}
         expected = denoise_nl_means(image if channels == 3 else image[..., 0], **options, **grey)
@@ -104,7 +104,7 @@ def test_table_matches_scikit_image_metrics():
     found = denoise(model, x, corrupt="gaussian:0.2", n_compared=40)
     row = found.rows[0]
     assert row["psnr"] == pytest.approx(peak_signal_noise_ratio(x, found.x_hat, data_range=1), abs=1e-3)
-    # the window that torchmetrics takes, on what is inside of its borders
+    # torchmetrics' window, inside of the borders
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
     pairs = zip(x[:, 0], found.x_hat[:, 0], strict=True)
     assert row["ssim"] == pytest.approx(np.mean([structural_similarity(a, b, **options) for a, b in pairs]), abs=0.02)
@@ -121,12 +121,12 @@ def test_ssim_takes_the_range_of_data_without_psnr(low, high):
     assert row["mse"] == pytest.approx(((x - found.x_hat) ** 2).mean(), rel=1e-4)
     assert "psnr" not in row and "PSNR" not in found.summary()
     assert f"SSIM for a range of {high - low:g}, the clean samples'" in found.summary()
-    # SSIM is of values from 0 to 1
+    # SSIM of values scaled to [0, 1]
     unit = denoise(linear(np.eye(256), np.zeros(256)), x.reshape(20, 256), corrupt=f"gaussian:{0.1 * (high - low)}")
     noisy = (unit.x_hat.reshape(20, 16, 16) - low) / (high - low)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
     pairs = zip((x[:, 0] - low) / (high - low), noisy, strict=True)
-    # torchmetrics takes the borders in, with another reflection
+    # torchmetrics includes the borders, with another reflection
     expected = np.mean([structural_similarity(a, b, full=True, **options)[1] for a, b in pairs])
     assert by_method(found)["identity"]["ssim"] == pytest.approx(expected, abs=0.03)
 
@@ -147,7 +147,7 @@ def test_filter_strength_grid_is_near_optimal(sigma):
     assert least["non-local means"] < 1.15 * min(
         error(denoise_filters.non_local_means(noisy, sigma, h)) for h in shares
     )
-    # a larger window would blur all that a small image shows
+    # a larger window would blur a small image too much
     assert least["median filter"] < 1.25 * min(error(denoise_filters.median(noisy, size)) for size in (3, 5, 7, 9))
 
 
@@ -200,7 +200,7 @@ def test_noise_depends_on_seed_and_sample_index_only():
 def test_table_uses_n_samples_with_model_noise():
     model, x = linear(np.eye(5), np.zeros(5)), np.random.default_rng(0).normal(0, 1, (50, 5)).astype(np.float32)
     found = denoise(model, x, corrupt="gaussian:0.3", n_compared=10, batch_size=7)
-    # the model gives back what it is given
+    # the model is the identity
     assert found.rows[0]["mse"] == pytest.approx(found.rows[1]["mse"], rel=1e-5)
     assert "least error" in found.summary() and "filter" not in found.summary()
     assert found.n_compared == 10 and "10 of 50 samples" in found.summary() and len(found.x_hat) == 50
@@ -225,11 +225,11 @@ def test_noisy_input_is_denoised_without_metrics(tmp_path, monkeypatch):
     shown, drawn = [], plotting.mosaic_figure
     monkeypatch.setattr(plotting, "mosaic_figure", lambda rows, names: shown.append(names) or drawn(rows, names))
     model, x = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=3), torch.rand(3, 1, 8, 8)
-    x = x + 0.5 * torch.randn(x.shape)  # beyond the range of clean samples
+    x = x + 0.5 * torch.randn(x.shape)  # outside of the range of clean samples
     found = denoise(model, x, out=str(tmp_path))
     assert [path.name for path in found.files] == ["denoised.npy", "denoised.png"]
     assert found.rows == [] and "--corrupt gaussian:0.3" in found.summary()
-    assert shown == [["input", "output"]]  # nobody says that it is noisy
+    assert shown == [["input", "output"]]  # noise is not assumed in the labels
     with torch.no_grad():
         assert np.allclose(found.x_hat, model.eval()(x), atol=1e-6)
 

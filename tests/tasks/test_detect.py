@@ -1,4 +1,4 @@
-"""detect: scores against closed forms and other libraries, p-values, PyOD's conventions, every kind of sample."""
+"""detect: scores compared with closed forms and other libraries, p-values, PyOD's conventions, all kinds of samples."""
 
 import csv
 
@@ -29,14 +29,14 @@ from aezoo.tasks.samples import SampleSet
 
 
 def gaussian(n, d=6, seed=0):
-    """Correlated normal data around a mean that is not 0."""
+    """Correlated normal data with a nonzero mean."""
     rng = np.random.default_rng(seed)
     mix = np.random.default_rng(99).normal(0, 1, (d, d))
     return (rng.normal(0, 1, (n, d)) @ mix + 3).astype(np.float32)
 
 
 def linear(d=6, latent_dim=None, seed=0):
-    """A linear model whose weights are no orthogonal matrices, with biases."""
+    """A linear model with weights that are not orthogonal, and biases."""
     model = aezoo.create_model("linear_ae", (d,), latent_dim=latent_dim or d)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def linear(d=6, latent_dim=None, seed=0):
 
 
 def blobs():
-    """Vectors of three classes by name, 40 of each in each split."""
+    """Vectors of three named classes, 40 of each in each split."""
     rng = np.random.default_rng(5)
     y = np.repeat(["cat", "dog", "eel"], 40)
     centre = {"cat": 0.2, "dog": 0.5, "eel": 0.9}
@@ -56,11 +56,11 @@ def blobs():
     )
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def test_full_linear_code_mahalanobis_equals_data_mahalanobis():
-    # an invertible linear map does not change a Mahalanobis distance
+    # a Mahalanobis distance is invariant to invertible linear maps
     train, x = gaussian(500), gaussian(100, seed=1)
     found = detect(linear(), x, score="mahalanobis", fit_on=train, baselines=False).scores
     exact = cdist(x, train.mean(0, keepdims=True), "mahalanobis", VI=np.linalg.inv(np.cov(train.T)))[:, 0] ** 2
@@ -81,7 +81,7 @@ def test_narrow_code_mahalanobis_matches_scikit_learn():
 @pytest.mark.parametrize("score", ["mahalanobis", "nap"])
 def test_training_scores_leave_one_out(score):
     train, model = gaussian(40), linear(latent_dim=3, seed=3)
-    # of nap, the input alone varies in all its directions
+    # only the input has variance in all of its directions for nap
     model.encoder[1].weight.data.mul_(1e-4)
     found = Detector(model, score).fit(train).decision_scores_
     refitted = [
@@ -91,7 +91,7 @@ def test_training_scores_leave_one_out(score):
 
 
 def test_nap_of_pca_is_residual_mahalanobis_distance():
-    # x - x_hat is the part in these components, and its code is 0
+    # x - x_hat is the projection on the other components, and its code is 0
     train, x = gaussian(500), gaussian(100, seed=1)
     pca = PCA(6).fit(train)
     model, V = linear(latent_dim=2), torch.from_numpy(pca.components_[:2])
@@ -102,7 +102,7 @@ def test_nap_of_pca_is_residual_mahalanobis_distance():
         model.decoder[0].bias.copy_(torch.from_numpy(pca.mean_))
     found = detect(model, x, score="nap", fit_on=train, baselines=False).scores
     left_out = pca.transform(x)[:, 2:] ** 2 / (500 * pca.transform(train)[:, 2:].var(0))
-    # float32 leaves a little in the first two
+    # float32 leaves small values in the first two
     assert np.allclose(found, left_out.sum(1), rtol=5e-3, atol=3e-5)
 
 
@@ -110,7 +110,7 @@ def test_nap_of_pca_is_residual_mahalanobis_distance():
 @pytest.mark.parametrize("name", ["nap", "mahalanobis"])
 def test_whitening_agrees_for_few_and_many_samples(n, m, name):
     rng = np.random.default_rng(0)
-    # centred samples leave out at least one direction where n <= m
+    # centred samples do not span at least one direction if n <= m
     train, x = (rng.normal(1, rng.uniform(0.5, 3, m), (k, m)) for k in (n, 5))
 
     def by_hand(train, x):
@@ -192,7 +192,7 @@ def test_nap_with_many_features_is_fitted_on_subset(monkeypatch):
     detector = Detector(model, "nap").fit(train)  # 9 features
     direct = detector.decision_function(train)
     left_out = ~np.isclose(direct, detector.decision_scores_)
-    # 8 / 2 samples are fitted on and get the score of a sample left out; the others are new to the detector anyway
+    # the 8 / 2 samples used in the fit get leave-one-out scores; the others are not used in it
     assert left_out.sum() == 4 and len(direct) == 300
     part = np.flatnonzero(left_out)
     again = Detector(model, "nap").fit(train[part])
@@ -209,7 +209,7 @@ def test_perfect_autoencoder_scores_are_constant(score):
         for p in model.parameters():
             p.copy_(torch.eye(6) if p.ndim == 2 else torch.zeros(6))
     found = Detector(model, score).fit(gaussian(30)).decision_function(gaussian(9, seed=1))
-    # the plain Gaussian likelihood has a constant: see aezoo.distributions.likelihoods
+    # the Gaussian likelihood has a constant: see aezoo.distributions.likelihoods
     assert np.allclose(found, 3 * np.log(np.pi) if score == "nll" else 0, atol=1e-5)
 
 
@@ -248,7 +248,7 @@ def test_iwae_score_matches_linear_vae_likelihood():
     assert np.allclose(found, -p_x.logpdf(x), atol=0.1)
 
 
-# ---- threshold and p-values -----------------------------------------------------------------------------------------
+# ---- threshold and p-values ------------------------------------------------------------------------------------------
 
 
 def test_threshold_labels_and_probabilities_follow_pyod():
@@ -282,7 +282,7 @@ def test_contamination_is_training_share_above_threshold(n, contamination):
 def test_p_values_count_reference_scores_at_least_as_large():
     assert p_values(np.array([0.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0, 2.0])).tolist() == [1.0, 4 / 5, 1 / 5]
     scores = np.array([3.0, 1.0, 2.0, 2.0])
-    # each against the three others
+    # each compared with the three others
     assert p_values(scores, scores, among=True).tolist() == [1 / 4, 4 / 4, 3 / 4, 3 / 4]
 
 
@@ -296,7 +296,7 @@ def test_p_values_of_new_normal_samples_are_uniform(score):
 
 
 def test_perfect_grey_costs_nll_but_no_deviance_nor_mse():
-    """A perfect reconstruction of grey costs log 2 a value under a Bernoulli, one of white nothing."""
+    """A perfect reconstruction of grey costs log 2 per value under a Bernoulli, one of white nothing."""
     model = aezoo.create_model("dense_ae", (9,))
     grey, white = torch.full((1, 9), 0.5), torch.ones(1, 9)
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_anomaly_score_is_score_without_entropy_of_pixels(name):
     if name == "mmvae":
         x[0, :, :4] = torch.nan
     known = x.nan_to_num(0).double().numpy()
-    entropy = (special.entr(known) + special.entr(1 - known)).sum((1, 2, 3))  # of deep_svdd, a distance stays
+    entropy = (special.entr(known) + special.entr(1 - known)).sum((1, 2, 3))  # deep_svdd also adds a distance
     with torch.no_grad():
         apart = model.eval().score(x) - model.anomaly_score(x)
     assert np.allclose(apart, 0 if name == "deep_svdd" else entropy, atol=1e-3)
@@ -341,7 +341,7 @@ def test_default_score_finds_bursts_in_a_series():
 
 @pytest.mark.parametrize("score", ["nll", "mahalanobis", "sap", "nap", "combined"])
 def test_held_out_p_values_are_uniform(score):
-    # 40 features, 120 samples: training scores of a model that knows them would be far too small
+    # with 40 features and 120 samples, p-values by training scores are far too small
     train, held_out, x = gaussian(120, d=40), gaussian(1500, d=40, seed=1), gaussian(800, d=40, seed=2)
     model, pca = linear(d=40, latent_dim=20), PCA(20).fit(train)
     V, mean = torch.from_numpy(pca.components_), torch.from_numpy(pca.mean_)
@@ -356,7 +356,7 @@ def test_held_out_p_values_are_uniform(score):
 
 
 def test_nap_threshold_is_calibrated_with_n_features():
-    # in-sample scores would call nearly all new samples strange here
+    # with scores of training samples, nearly all new samples would be flagged
     model = linear(d=40, latent_dim=20)
     flagged = Detector(model, "nap").fit(gaussian(60, d=40)).predict(gaussian(1000, d=40, seed=1)).mean()
     assert 0.02 < flagged < 0.3
@@ -370,7 +370,7 @@ def test_share_of_new_samples_above_is_contamination(name, steps):
     data = aezoo.DataModule.from_arrays(train, x_val=held_out, x_test=x, scale="none", batch_size=20)
     quiet_trainer(max_steps=steps, check_val_every_n_epoch=steps).fit(model, data)
     found = detect(model, data)
-    # of each detector, 400 held-out samples and new ones are exchangeable
+    # for each detector, 400 held-out samples and new ones are exchangeable
     low, high = stats.betabinom(2000, 40, 401 - 40).ppf([0.001, 0.999]) / 2000
     assert all(low <= row["flagged"] <= high for row in found.rows), found.rows
     shares = "7.2 to 13 % of new normal samples exceed it, 95 % interval"
@@ -405,7 +405,7 @@ def test_threshold_is_quantile_of_held_out_scores():
         detect(model, x, fit_on=train, quantile=0.8)
 
 
-# ---- baselines and labels -------------------------------------------------------------------------------------------
+# ---- baselines and labels --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -432,7 +432,7 @@ def test_baselines_match_scikit_learn():
 
 def test_auroc_and_aupr_match_scikit_learn():
     scores, anomalous = np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])
-    # the example of scikit-learn's own documentation: 0.75 and 0.83...
+    # the example in scikit-learn's documentation: 0.75 and 0.83...
     assert ranking_metrics(scores, anomalous) == {"auroc": 0.75, "aupr": pytest.approx(0.8333333)}
     for one_kind in (np.zeros(4, bool), np.ones(4, bool), None):
         assert ranking_metrics(scores, one_kind) == {"auroc": None, "aupr": None}
@@ -461,7 +461,7 @@ def test_protocol_removes_anomalies_from_training(protocol, strange):
 
 
 def some_labels(data):
-    """The same samples and labels, two of three in each split without theirs."""
+    """The same samples and labels, with two of three labels in each split removed."""
     parts = {stage: data.tensors(stage) for stage in ("train", "val", "test")}
     arrays = {f"x_{stage}": x.numpy() for stage, (x, _) in parts.items()}
     for stage, (_, y) in parts.items():
@@ -514,7 +514,7 @@ def test_split_scored_on_itself_leaves_one_out():
     assert np.allclose(own.p_values, stats.rankdata(-own.scores, "max") / 120)
     knn = next(row for row in own.rows if row["method"] == "knn")
     nearest = np.sort(cdist(x, x), axis=1)[:, 5]  # without the sample itself
-    expected = np.sort(nearest)[-12]  # of 121, new samples exceed it with a probability of 12 / 121
+    expected = np.sort(nearest)[-12]  # of 121, new samples exceed it with probability 12 / 121
     assert knn["threshold"] == pytest.approx(expected, rel=1e-4) and knn["flagged"] == pytest.approx(11 / 120)
     # of normal samples only
     one = detect(model, SampleSet.from_data(data, "train"), fit_on=train, calibrate_on=val, normal="dog")
@@ -578,7 +578,7 @@ def test_labels_without_protocol_are_not_evaluated():
     assert "auroc" not in found.rows[0] and "--normal CLASS" in found.summary()
 
 
-# ---- files and every kind of sample ---------------------------------------------------------------------------------
+# ---- files and every kind of sample ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -599,7 +599,7 @@ def test_every_kind_of_sample_is_judged_and_written(tmp_path, shape):
         errors = (model.eval()(x) - x).abs()
     maps = np.load(tmp_path / "maps.npy")
     assert np.allclose(maps, errors, atol=1e-6)
-    # the map of a sample adds up to the errors that `reconstruct` reports
+    # the mean of a sample's map is the error that `reconstruct` reports
     told = reconstruct(model, x)
     assert np.allclose(maps.reshape(6, -1).mean(1), told.mae, rtol=1e-5)
     assert np.allclose((maps.reshape(6, -1) ** 2).mean(1), told.mse, rtol=1e-5)

@@ -1,6 +1,6 @@
-"""Calibration: false alarms and discoveries of conformal p-values against their bounds, and the share of anomalies.
+"""Calibration: bounds on false positives and false discoveries with conformal p-values, and the share of anomalies.
 
-Scores are drawn directly where the model does not matter: all bounds hold for any scores that are exchangeable.
+Scores are drawn directly if the model does not matter: all bounds hold for any exchangeable scores.
 """
 
 import csv
@@ -28,19 +28,19 @@ from aezoo.tasks.detect_calibration import (
 
 
 def at_most(successes, trials, bound):
-    """Whether the share is at most the bound, but for what a binomial count exceeds it once in 10,000 times."""
+    """Whether the share is at most the bound, with a tolerance that a binomial count exceeds once in 10,000 times."""
     return successes <= stats.binom.ppf(0.9999, trials, bound)
 
 
 def mixture(random, m, share, shift=3.0):
-    """Scores of m samples of which a share are anomalies, and which of them are."""
+    """Scores of m samples, a share of which are anomalies, and a mask of these."""
     strange = np.arange(m) < round(m * share)
     return random.normal(size=m) + shift * strange, strange
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A small model after some steps on normal samples, and exchangeable samples that it was not trained on."""
+    """A small model trained on normal samples, and exchangeable samples not used for training."""
     x = np.random.default_rng(0).normal(size=(3100, 6)).astype(np.float32) * [3, 2, 1, 1, 1, 1]
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (6,), likelihood="gaussian", latent_dim=2, hidden_dims=(8,), lr=1e-2)
@@ -49,7 +49,7 @@ def trained():
     return model, np.float32(x[:100]), np.float32(x[100:])
 
 
-# ---- false alarms ---------------------------------------------------------------------------------------------------
+# ---- false alarms ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (19, 0.25), (200, 0.1), (53, 0.02)])
@@ -59,7 +59,7 @@ def test_false_positive_rate_is_at_most_alpha(n, alpha, draw):
     make = (lambda k: random.integers(0, 4, k).astype(float)) if draw == "integers" else getattr(random, draw)
     by_p = by_threshold = 0
     for _ in range(trials):
-        # one new sample for each calibration set, so that the trials are independent
+        # one new sample for each calibration set, so that trials are independent
         scores = make(n + 1)
         by_p += bool(p_values(scores[:1], scores[1:])[0] <= alpha)
         by_threshold += bool(scores[0] > held_out_threshold(scores[1:], alpha))
@@ -76,7 +76,7 @@ def test_false_positive_rate_of_a_model_is_at_most_alpha(score, trained):
     detector = Detector(model, score).fit(train, calibrate_on=rest[:20])
     scores = detector.decision_function(rest)
     random, trials, alpha = np.random.default_rng(2), 2000, 0.1
-    # the model stays, the calibration set is drawn again
+    # the model is fixed, the calibration set is drawn again
     found = 0
     for _ in range(trials):
         drawn = random.choice(scores, 51, replace=False)
@@ -84,11 +84,11 @@ def test_false_positive_rate_of_a_model_is_at_most_alpha(score, trained):
     assert at_most(found, trials, alpha) and found > 0.05 * trials
 
 
-# ---- false discoveries ----------------------------------------------------------------------------------------------
+# ---- false discoveries -----------------------------------------------------------------------------------------------
 
 
 def test_flagged_samples_match_benjamini_and_hochberg():
-    """Against the definition, and a threshold that says the same of each sample."""
+    """Compared with the definition, and with the equivalent threshold."""
     random = np.random.default_rng(3)
     for m, n, share, q in [(40, 60, 0.3, 0.2), (300, 500, 0.05, 0.1), (5, 9, 1.0, 0.5), (100, 40, 0.0, 0.3)]:
         scores, _ = mixture(random, m, share)
@@ -110,9 +110,9 @@ def test_false_discovery_rate_is_at_most_its_level(rule, share):
         flagged = scores > rule.threshold(scores, random.normal(size=200))[0]
         false.append((flagged & ~strange).sum() / max(flagged.sum(), 1))
         found.append(flagged[strange].mean() if share else 0)
-    # the share of false discoveries varies by at most as much as a coin
+    # the standard deviation of the share of false discoveries is at most that of a coin
     error = np.std(false) / np.sqrt(trials)
-    # exactly pi_0 q for Benjamini and Hochberg, but for steps of the p-values
+    # exactly pi_0 q for Benjamini and Hochberg, up to the discreteness of p-values
     bound = 0.2 if rule.estimates_share else 0.2 * (1 - share)
     assert np.mean(false) <= bound + 3.5 * error
     if share:
@@ -133,7 +133,7 @@ def test_estimated_share_finds_more_anomalies():
 
 def test_adaptive_level_flags_no_p_value_above_one_half():
     scores, reference = np.linspace(-60.0, 60.0, 50), np.arange(99.0) - 49
-    # the level, fdr / normal_share, is 2
+    # the adjusted level, fdr / normal_share, is 2
     flagged = scores > fdr_threshold(scores, reference, 0.2, normal_share=0.1)
     assert np.array_equal(flagged, p_values(scores, reference) <= 0.5) and 0 < flagged.sum() < 50
 
@@ -145,7 +145,7 @@ def test_too_few_calibration_samples_are_refused():
     assert fdr_threshold(np.zeros(3), np.arange(9.0), 0.1) == np.inf
 
 
-# ---- the share of anomalies -----------------------------------------------------------------------------------------
+# ---- the share of anomalies ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "m", "share"), [(50, 30, 0.2), (200, 400, 0.0), (201, 1000, 0.35), (30, 2000, 0.9)])
@@ -164,7 +164,7 @@ def test_interval_contains_the_share_of_anomalies(n, m, share):
 
 
 def test_lower_limit_is_valid_for_inconspicuous_anomalies():
-    """Anomalies with large p-values count as normal, so that the estimate is too small, and the lower limit as well."""
+    """Anomalies with large p-values count as normal, so the estimate and the lower limit are too small."""
     random = np.random.default_rng(7)
     above = 0
     for _ in range(300):
@@ -174,7 +174,7 @@ def test_lower_limit_is_valid_for_inconspicuous_anomalies():
     assert at_most(above, 300, 0.025) and found.share < 0.3
 
 
-# ---- thresholds -----------------------------------------------------------------------------------------------------
+# ---- thresholds ------------------------------------------------------------------------------------------------------
 
 
 def test_threshold_on_a_score_is_above_its_rounding():
@@ -185,14 +185,14 @@ def test_threshold_on_a_score_is_above_its_rounding():
     # 19 scores, so that the threshold is one of them
     held_out = np.arange(1.0, 20.0)
     assert 18 < held_out_threshold(held_out, 0.1) < 18 * (1 + 1e-4)
-    # 100 * 0.29 is 28.999999999999996 in floating point, and 29 scores are 71 or more
+    # 100 * 0.29 is 28.999999999999996 in floating point; 29 scores are at least 71
     assert 71 < held_out_threshold(np.arange(1.0, 100.0), 0.29) < 71 * (1 + 1e-4)
 
 
-# ---- drift ----------------------------------------------------------------------------------------------------------
+# ---- drift -----------------------------------------------------------------------------------------------------------
 
 
-def test_drift_is_told_by_two_sample_tests_of_scipy():
+def test_drift_equals_two_sample_tests_of_scipy():
     random = np.random.default_rng(8)
     for m, n, shift in [(30, 50, 0.0), (200, 100, 0.5), (1, 40, 3.0), (12_000, 300, 0.1)]:
         scores, reference = np.round(random.normal(size=m) + shift, 1), np.round(random.normal(size=n), 1)
@@ -206,7 +206,7 @@ def test_false_alarms_of_drift_are_at_most_its_level():
     random, trials = np.random.default_rng(9), 1500
     alarms = sum(drift(random.normal(size=40), random.normal(size=60)).has_left for _ in range(trials))
     assert at_most(alarms, trials, 0.01)
-    # in location and in spread
+    # in location and in scale
     for move in (lambda x: x + 1.5, lambda x: 4 * x):
         assert drift(move(random.normal(size=100)), random.normal(size=100)).has_left
 
@@ -221,20 +221,20 @@ def test_detect_reports_drift_from_reference(samples, tmp_path):
     assert "\nno drift: the scores are like those of the 1,000 held-out samples (Kolmogorov" in same.summary()
     (row,) = csv.DictReader((tmp_path / "detect.csv").read_text().splitlines())
     assert float(row["drift_p"]) == pytest.approx(found.drift.p_value) and float(row["drift_distance"]) > 0.2
-    # another reference, which nothing else is compared with
+    # another reference, used for drift only
     other = detect(model, x + np.float32(1.5), reference=held_out[:300] + np.float32(1.5), **given)
     assert not other.drift.has_left and other.drift.n_reference == 300
     assert np.array_equal(other.p_values, found.p_values) and "of the 300 samples of x (" in other.summary()
-    # samples that the calibration is made of, and no calibration
+    # no drift without calibration, nor for the calibration samples themselves
     assert detect(model, x, baselines=False).drift is None
 
 
-# ---- detect ---------------------------------------------------------------------------------------------------------
+# ---- detect ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def samples(trained):
-    """A model, normal samples in two parts, and new samples of which the last 30 are strange."""
+    """A model, normal samples in two parts, and new samples of which the last 30 are anomalies."""
     model, train, rest = trained
     x = rest[1000:1300].copy()
     x[270:] += 12
@@ -253,7 +253,7 @@ def test_detect_flags_by_false_discovery_rate(tmp_path, samples):
     assert [row["is_anomaly"] == "True" for row in rows] == found.is_anomaly.tolist()
     detector = Detector(model).fit(train, calibrate_on=held_out)
     assert np.array_equal(detector.predict(x, fdr=0.1), found.is_anomaly)
-    # each baseline by its own p-values
+    # each baseline uses its own p-values
     assert all(0.05 < row["flagged"] < 0.15 for row in found.rows)
     same = detect(model, x, contamination="unknown", **given)
     assert np.array_equal(same.is_anomaly, found.is_anomaly) and same.anomaly_share is None

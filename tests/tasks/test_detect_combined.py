@@ -1,4 +1,4 @@
-"""combined: against SciPy, NumPy and scikit-learn, and what each of its scores finds."""
+"""combined: compared with SciPy, NumPy and scikit-learn, and the anomalies that each of its scores detects."""
 
 import itertools
 
@@ -21,7 +21,7 @@ SPREAD = np.array([3, 2, 0.5, 0.4, 0.3, 0.2])
 
 
 def gaussian(n, seed=0):
-    """Independent values of which the first two vary most."""
+    """Independent values, the first two with the largest variance."""
     return (np.random.default_rng(seed).normal(size=(n, 6)) * SPREAD + 1).astype(np.float32)
 
 
@@ -52,7 +52,7 @@ def parts(model, train, x):
     error = ((x - x_hat) ** 2 / ((train - hat_train) ** 2).mean(0)).mean(1)
     tails = []
     for values, ours in zip(x.T, train.T, strict=True):
-        # shares in percent, with one sample more at each end
+        # percentages, with one more sample at each end
         ends = [-np.inf, *ours, np.inf]
         left = np.array([stats.percentileofscore(ends, value, "weak") for value in values])
         right = np.array([100 - stats.percentileofscore(ends, value, "strict") for value in values])
@@ -63,16 +63,16 @@ def parts(model, train, x):
 
 
 def test_score_is_fishers_statistic_of_four_scores():
-    # turned, so that the two components leave an error in each value
+    # rotated, so that the two components leave an error in each value
     turn = np.linalg.qr(np.random.default_rng(7).normal(size=(6, 6)))[0].astype(np.float32)
     train, x = gaussian(400) @ turn, gaussian(60, seed=1) @ turn
     model = pca_model(train)
     reference, new = parts(model, train, train), parts(model, train, x)
-    # distances of training codes without the sample, 1 - 1/n - h of it is left
+    # leave-one-out distances of training codes: divide by 1 - 1/n - h
     reference[:, 2] /= 1 - 1 / 400 - 2 * reference[:, 2] / 400
     inside = (new < reference.max(0)).all(1) & (new > reference.min(0)).all(1)
     assert inside.sum() > 40
-    # SciPy's statistic is -2 sum log p; between two training scores, log p lies between theirs
+    # SciPy's statistic is -2 sum log p; between two training scores, log p is between theirs
     larger = (reference[:, None] > new).sum(0)
     low, high = (
         [stats.combine_pvalues(row, "fisher").statistic / 2 for row in (larger[inside] + shift) / 401]
@@ -150,8 +150,8 @@ def test_units_of_the_values_do_not_matter():
         assert torch.allclose(first, second(torch.from_numpy(x * factor)), rtol=1e-3, atol=1e-3)
 
 
-def test_heavy_tails_count_by_their_ranks():
-    # of a value whose logarithm is usual, and of ties
+def test_tail_scores_depend_only_on_ranks():
+    # a log-normal value, and ties
     random = np.random.default_rng(0)
     train = np.stack([random.normal(size=300), np.exp(3 * random.normal(size=300)), random.integers(0, 3, 300)], 1)
     train, x = np.float32(train[:200]), torch.from_numpy(np.float32(train[200:]))
@@ -179,7 +179,7 @@ def test_missing_values_count_in_no_tail():
 def test_large_codes_count_by_their_own_variances(monkeypatch):
     train, x = gaussian(400), gaussian(30, seed=1)
     model = pca_model(train)
-    # codes of PCA are uncorrelated, so the diagonal is all
+    # codes of PCA are uncorrelated, so the covariance is diagonal
     full = fitted(model, train)
     monkeypatch.setattr(detect_combined, "_MAX_CODE", 1)
     diagonal = fitted(model, train)
@@ -192,7 +192,7 @@ def test_large_codes_count_by_their_own_variances(monkeypatch):
 def test_isolation_is_that_of_scikit_learn(n):
     random = np.random.default_rng(n)
     train, x = (np.float32(np.c_[random.normal(size=(rows, 3)), random.integers(0, 3, (rows, 2))]) for rows in (n, 200))
-    # ties with training values, and far samples
+    # ties with training values, and samples far away
     x[:50], x[50:60] = train[random.integers(0, n, 50)], 1e6 * x[50:60]
     trees = fit_forest(torch.from_numpy(train).double(), seed=3)
     expected = -IsolationForest(random_state=3).fit(train).score_samples(x)

@@ -1,4 +1,4 @@
-"""Explanations: contributions add up to the score, against closed forms; files, neighbours, pages."""
+"""Explanations: contributions sum to the score and match closed forms; files, neighbours, pages."""
 
 import csv
 import html
@@ -72,7 +72,7 @@ def test_contributions_of_every_likelihood_add_up(name, likelihood):
         found, scores = of_score(model, x, score)
         assert torch.allclose(total(found), scores, rtol=1e-5, atol=1e-4)
         assert list(found.terms) == (["kl"] if name == "vae" else [])
-        # a value that is as expected contributes nothing to a deviance, whatever the others are
+        # an expected value contributes nothing to a deviance, whatever the others are
         assert score == "nll" or found.values.min() > -1e-5
 
 
@@ -132,7 +132,7 @@ def test_missing_values_contribute_nothing():
     assert torch.allclose(total(found), scores, atol=1e-5)
 
 
-# ---- combined -------------------------------------------------------------------------------------------------------
+# ---- combined --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_of_combined_add_up_and_follow_the_terms():
@@ -144,7 +144,7 @@ def test_parts_of_combined_add_up_and_follow_the_terms():
         parts, scores = score.contributions(x), score(x)
     assert list(parts) == ["tails", "error", "code", "isolation"] and all(part.min() >= 0 for part in parts.values())
     assert torch.allclose(sum(parts.values()).sum(1), scores, rtol=1e-9)
-    # by NumPy, in shares of each part
+    # by NumPy, as shares of each part
     z = pca_codes(train, x)
     with torch.no_grad():
         error, of_train = (x - model(x)).numpy(), train - model(torch.from_numpy(train)).numpy()
@@ -188,7 +188,7 @@ def test_a_code_without_gradient_is_shared_equally():
 
 @pytest.mark.parametrize("score", ["mahalanobis", "nap", "deep_svdd", "elbo"])
 def test_scores_of_codes_have_no_contributions(score, tmp_path):
-    torch.manual_seed(0)  # of which some samples are above the threshold for every score
+    torch.manual_seed(0)  # with this seed some samples are above the threshold for every score
     model, x = aezoo.create_model("vae", (6,), latent_dim=2, hidden_dims=(4,)), torch.rand(20, 6)
     options = {"svdd_epochs": 1, "n_draws": 2, "baselines": False, "score": score, "explain": True, "n_shown": 2}
     found = detect(model, x[:5], fit_on=x, out=str(tmp_path), contamination=0.5, **options)
@@ -198,12 +198,12 @@ def test_scores_of_codes_have_no_contributions(score, tmp_path):
     assert len(rows) == 6 * found.is_anomaly.sum() and {row["contribution"] for row in rows} == {""}
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def table():
-    """A model of a table, training samples and new ones, of which the first three have a value that is strange."""
+    """A model of a table, training samples, and new ones of which the first three have an anomalous value."""
     columns = ["a", "<b>&", "=c", "d", "e", "f"]
     train, x = gaussian(300), gaussian(40, seed=1)
     x[:3, 3] += 4
@@ -255,7 +255,7 @@ def test_every_kind_of_sample_is_explained(tmp_path, shape):
     found, rows, near = explained(tmp_path, model, x, fit_on=train, contamination=0.5, n_shown=2)
     flagged = np.flatnonzero(found.is_anomaly)
     assert np.allclose(rows.groupby("index")["contribution"].sum()[flagged], found.scores[flagged], rtol=1e-4)
-    # of large samples only the values that contribute most have a row
+    # for large samples, only the values that contribute most have a row
     size = math.prod(shape)
     assert len(rows) == len(flagged) * (size if size <= 256 else 65)
     assert ("data:image/png;base64," in (tmp_path / "explanations.html").read_text()) == (len(shape) > 1)
@@ -279,13 +279,13 @@ def test_no_sample_is_its_own_neighbour_and_no_anomaly_is_one(table):
         assert one.neighbours.tolist() == [j for j in order if j in normal and j != i][:3]
 
 
-def test_explanation_of_one_sample_says_why(table):
+def test_explanation_of_one_sample(table):
     model, train, x = table
     found = detect(model, x, fit_on=train, score="combined", baselines=False)
     one = found.explain(0)
     assert np.isclose(one.contributions.sum(), one.score) and one.score == found.scores[0]
     assert np.allclose(one.values, x.iloc[0]) and "of d: " in one.summary().splitlines()[1]
-    # the counterfactual is less strange
+    # the counterfactual has a lower score
     assert one.reconstruction_score < one.threshold < one.score
     assert found.explain(-1).index == 39
     with pytest.raises(AezooError, match="there is no sample 40: give a number from 0 to 39"):
@@ -300,7 +300,7 @@ def test_many_samples_are_searched_in_part(monkeypatch, table):
     assert len({row["index"] for row in found.explainer.neighbour_rows()}) == 10 < found.is_anomaly.sum()
 
 
-# ---- scikit-learn ---------------------------------------------------------------------------------------------------
+# ---- scikit-learn ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"model": "vae", "latent_dim": 2}])
@@ -320,7 +320,7 @@ def test_estimator_says_which_features_contribute(settings):
         assert np.allclose(rest, 0, atol=1e-9)
 
 
-def test_estimator_refuses_criteria_of_their_own():
+def test_estimator_refuses_scores_that_are_not_sums():
     detector = AutoencoderDetector("deep_svdd", max_epochs=1, random_state=0).fit(gaussian(50))
     with pytest.raises(AezooError, match="the score of deep_svdd is not a sum over the values"):
         detector.contributions(gaussian(3))

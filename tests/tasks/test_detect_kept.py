@@ -1,4 +1,4 @@
-"""Calibration that is kept with the weights: the same decisions without training data, and none of other weights."""
+"""Calibration stored with the weights: the same decisions without training data, and only for the same weights."""
 
 import csv
 
@@ -42,13 +42,13 @@ def test_kept_calibration_gives_the_same_decisions(tmp_path, score):
     assert np.array_equal(after.scores, before.scores) and np.array_equal(after.p_values, before.p_values)
     assert after.threshold == before.threshold and 0 < after.is_anomaly.sum() < 50
     assert "99 held-out samples" in after.summary() and after.statistics is None
-    # what is given takes precedence
+    # given data take precedence
     other = detect(again, x, fit_on=drawn(200, 4), calibrate_on=drawn(60, 5), **given)
     assert other.threshold != before.threshold and "60 held-out samples" in other.summary()
 
 
 def test_few_training_samples_are_kept_alike(tmp_path):
-    """Of fewer training samples than features, nap keeps only the directions that these show."""
+    """With fewer training samples than features, nap only stores the directions that these span."""
     first, x = model(), drawn(20, 3)
     before = detect(first, x, score="nap", fit_on=drawn(9, 1), calibrate_on=drawn(30, 2), baselines=False)
     first.data_statistics = before.statistics
@@ -142,10 +142,10 @@ def test_large_states_and_training_scores_are_not_kept(monkeypatch):
 
 
 def test_estimator_and_detect_decide_alike(tmp_path):
-    """Of raw values in a file, in the units of X, with the calibration that the estimator's model brings."""
+    """For raw values in a file, in the units of X, with the calibration in the estimator's model."""
     x = np.float64(drawn(700, 1)) * [1, 100, 1e-3, 1, 1, 1] + [1e6, 5, 0, 0, 0, 0]
     x[600:] += np.random.default_rng(9).normal(size=(100, 6)) * x.std(0) * 3
-    # 500 samples leave out 99 of these, so that the threshold is the score of one of them
+    # 99 of 500 samples are held out, so that the threshold is the score of one of them
     estimator = AutoencoderDetector(random_state=0, max_epochs=3, calibration_fraction=0.198).fit(x[:500])
     assert estimator.n_calibration_ == 99
     home = aezoo.save_model(estimator.autoencoder_, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""detect: scores that train a copy of the encoder, frozen features, and what models of anomalies say in the command."""
+"""detect: scores that train a copy of the encoder, frozen features, and anomaly models with the command."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def images(n, shape=(1, 8, 8), seed=0):
 
 
 def moved(name="dense_ae", shape=(1, 8, 8), seed=0, **settings):
-    """A model away from its initial weights: at biases of 0 half of the mistakes are invisible."""
+    """A model with random offsets added to its initial weights: zero biases would hide many mistakes."""
     torch.manual_seed(seed)
     model = aezoo.create_model(name, shape, **settings)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def state(model):
 
 
 def learnt(x, steps=400, **settings):
-    """An autoencoder of digits."""
+    """An autoencoder trained on digits."""
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (1, 8, 8), latent_dim=32, hidden_dims=(128,), **settings)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
@@ -55,16 +55,16 @@ def learnt(x, steps=400, **settings):
 
 
 def without(digit):
-    """Digits of which training lacks one."""
+    """Digits whose training split lacks one."""
     return aezoo.DataModule("digits", batch_size=64, train_classes=[c for c in range(10) if c != digit])
 
 
-# ---- RaPP -----------------------------------------------------------------------------------------------------------
+# ---- RaPP ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", ["sap", "nap"])
 def test_perfect_autoencoder_has_zero_scores(score):
-    """Also where the code is wider than the data, and with hidden layers that are kept apart by an activation."""
+    """Also if the code is wider than the data, and with hidden layers separated by an activation."""
     model = aezoo.create_model("dense_ae", (5,), hidden_dims=(10,), latent_dim=10, likelihood="gaussian")
     eye = torch.eye(5)
     both = torch.cat([eye, -eye])  # relu(x) - relu(-x) = x
@@ -83,7 +83,7 @@ def test_perfect_autoencoder_has_zero_scores(score):
 
 
 def test_sap_without_hidden_layers_is_squared_error():
-    """h_0 is the sample, whose part is D times mse; the code is the last layer of the paper's, not one left out."""
+    """h_0 is the sample, with a term of D times mse; the code is the last layer, which the paper includes."""
     model, x = moved("dense_ae", (6,), hidden_dims=(), latent_dim=3, likelihood="gaussian"), torch.randn(20, 6)
     scores = {name: Detector(model, name).fit(x).decision_scores_ for name in ("sap", "mse")}
     with torch.no_grad():
@@ -91,12 +91,12 @@ def test_sap_without_hidden_layers_is_squared_error():
         assert np.allclose(scores["sap"], 6 * scores["mse"] + code, rtol=1e-5)
         for p in model.encoder.parameters():
             p.zero_()
-    # an encoder that sees nothing: the error of the sample only
+    # an encoder without dependence on its input: only the error of the sample remains
     scores = {name: Detector(model, name).fit(x).decision_scores_ for name in ("sap", "mse")}
     assert np.allclose(scores["sap"], 6 * scores["mse"], rtol=1e-6) and scores["mse"].min() > 0
 
 
-# ---- Deep SVDD ------------------------------------------------------------------------------------------------------
+# ---- Deep SVDD -------------------------------------------------------------------------------------------------------
 
 
 def fitted(model, x, **tuning):
@@ -137,7 +137,7 @@ def test_svdd_step_is_adam_on_mean_squared_distance():
     weights = [p.requires_grad_() for name, p in by_hand.encoder.named_parameters() if name.endswith("weight")]
     (by_hand.encode(x) - before.centre_D).square().sum(1).mean().backward()
     for p in weights:
-        # Adam's first step has the length of its rate, whatever the gradient's
+        # the length of Adam's first step is its rate, whatever the gradient
         g = p.grad + 1e-6 * p.detach()
         p.data -= 1e-3 * g / (g.abs() + 1e-8)
     for mine, theirs in zip(by_hand.encoder.parameters(), after._copy.encoder.parameters(), strict=True):
@@ -168,7 +168,7 @@ def test_svdd_is_seeded_and_keeps_global_rng():
 
 
 def test_a_constant_code_cannot_be_reached():
-    """With biases, weights of 0 and the centre as the last bias give score 0 to everything: what PyOD's fit fell to."""
+    """With biases, zero weights and the centre as the last bias give score 0 to all samples, as in PyOD's fit."""
     model, x = moved(latent_dim=4, hidden_dims=(16,)), images(40)
     scorer = fitted(model, x, epochs=5, lr=1e-2)
     biases = [p for name, p in scorer._copy.encoder.named_parameters() if name.endswith("bias")]
@@ -176,7 +176,7 @@ def test_a_constant_code_cannot_be_reached():
     with torch.no_grad():
         for p in scorer._copy.encoder.parameters():
             p.zero_()
-    # the best constant that is left costs at least 0.1^2 for each number of the code
+    # the best remaining constant costs at least 0.1^2 for each number of the code
     assert torch.allclose(scorer(x), scorer.centre_D.square().sum()) and scorer.centre_D.square().sum() >= 0.04
     with torch.no_grad():
         biases[-1].copy_(scorer.centre_D)
@@ -189,7 +189,7 @@ def test_biases_collapse_svdd_to_a_constant(monkeypatch):
     model = moved(latent_dim=2, hidden_dims=(4,))
 
     def spread(scorer):
-        """How much codes differ, against how far they are from 0."""
+        """The variance of codes relative to their squared length."""
         codes = scorer.codes(x).detach()
         return float(codes.var(0).sum() / codes.square().sum(1).mean())
 
@@ -208,13 +208,13 @@ def test_activations_nonzero_at_zero_are_refused(act):
 
 @pytest.mark.parametrize("act", ["relu", "leaky_relu", "gelu", "silu", "gated", "identity"])
 def test_bias_free_svdd_code_of_zero_is_zero(act):
-    """So that the constant of zero weights is 0, which the centre is not."""
+    """So that zero weights give the code 0, which is not the centre."""
     scorer = fitted(moved(activation=act, hidden_dims=(8,)), images(20), epochs=1)
     assert not scorer.codes(torch.zeros(1, 1, 8, 8)).any()
 
 
 def test_soft_boundary_svdd_uses_nu_quantile_radius():
-    """With nu all but a share of the samples pull: the farthest count, those within the radius do not."""
+    """Only samples outside of the radius have a gradient, divided by nu n."""
     model, x = moved(latent_dim=3, hidden_dims=(16,)), images(100)
     start = fitted(model, x, epochs=0)
     d2 = start(x)
@@ -286,11 +286,11 @@ def test_attached_trainer_is_not_copied():
     assert model._trainer is trainer and scorer._copy._trainer is None
 
 
-# ---- frozen features ------------------------------------------------------------------------------------------------
+# ---- frozen features -------------------------------------------------------------------------------------------------
 
 
 def test_fre_matches_pca_error_of_features():
-    """A linear autoencoder's optimum in closed form, half of the 64 features kept."""
+    """The optimum of a linear autoencoder in closed form, keeping half of the 64 features."""
     train, x = images(300), images(20, seed=1)
     found = Baseline("fre", features="random").fit(SampleSet.from_data(train)).decision_function(SampleSet.from_data(x))
     net = random_features((1, 8, 8))
@@ -304,7 +304,7 @@ def test_fre_matches_pca_error_of_features():
 
 @pytest.mark.slow
 def test_linear_autoencoder_of_features_reaches_fre():
-    """Baldi & Hornik 1989; what anomalib trains by Adam is this."""
+    """Baldi & Hornik 1989; anomalib trains this by Adam."""
     net = random_features((1, 8, 8))
     with torch.no_grad():
         f = net(images(200))[-1].flatten(1)[:, :12]
@@ -354,7 +354,7 @@ def test_model_features_are_last_hidden_layer(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_resnet_features_resize_and_normalise_images(channels, tmp_path, monkeypatch):
-    """Without weights that were fetched nothing is downloaded; here random ones lie where torchvision puts them."""
+    """Weights are not downloaded; here random ones are stored where torchvision puts them."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(AezooError, match="fetch them once, python -c") as refused:
         FrozenFeatures("resnet18", (channels, 8, 8))
@@ -411,18 +411,18 @@ def test_fre_keeps_half_as_many_directions_as_samples(n):
     assert np.allclose(found.decision_scores_, ((f - pca.inverse_transform(pca.transform(f))) ** 2).sum(1), atol=1e-5)
 
 
-# ---- on the command line --------------------------------------------------------------------------------------------
+# ---- on the command line ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense_ae", "dagmm", "ganomaly"])
 def test_detect_compares_scores_on_held_out_digits(name, tmp_path, capsys):
-    """`aezoo fit --data.train_classes`, then `aezoo detect`: the scores, and the baselines beside them."""
+    """`aezoo fit --data.train_classes`, then `aezoo detect`: the scores and baselines."""
     flags = ["--data.name=digits", "--data.train_classes=[3]", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
     main(["fit", f"--model={name}", *flags, f"--trainer.default_root_dir={tmp_path / 'runs'}"])
     (run,) = (path.parent for path in (tmp_path / "runs").rglob("config.yaml"))
     capsys.readouterr()
-    # activations that saturate, as dagmm's tanh, do not go with deep_svdd
+    # saturating activations, such as dagmm's tanh, are not supported by deep_svdd
     score = "nll,mse,sap,nap,mahalanobis" + ("" if name == "dagmm" else ",deep_svdd")
     main(["detect", f"--ckpt_path={run}", f"--score={score}", "--normal=3", "--features=random", "--svdd_epochs=3"])
     printed = capsys.readouterr().out

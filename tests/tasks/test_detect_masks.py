@@ -1,4 +1,4 @@
-"""detect on data with masks of defects: how well maps of anomalies locate them."""
+"""detect with masks of defects: how well anomaly maps locate them."""
 
 import numpy as np
 import pytest

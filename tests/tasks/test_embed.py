@@ -1,4 +1,4 @@
-"""embed: codes, plane, accuracies and neighbours are those that scikit-learn finds by itself."""
+"""embed: codes, plane, accuracies and neighbours match scikit-learn's."""
 
 import csv
 
@@ -127,7 +127,7 @@ def test_linear_probe_needs_linear_separability_and_knn_does_not():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(400, 1)), rng.normal(size=(200, 1))
     assert probe_accuracies(a, a[:, 0] > 0, b, b[:, 0] > 0)["probe"] > 0.97
-    # one outside of the other: a line cannot tell them apart, neighbours can
+    # one class around the other: not linearly separable, unlike by neighbours
     assert probe_accuracies(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["probe"] < 0.75
     assert probe_accuracies(a, np.abs(a[:, 0]) > 1, b, np.abs(b[:, 0]) > 1)["knn"] > 0.97
 
@@ -152,7 +152,7 @@ def test_samples_without_a_label_are_left_out_of_the_accuracies(model, digits, n
     few = SampleSet(ArrayDataset(x[labelled], y[labelled]), class_names=names)
     found = embed(model, some, fit_on=digits)
     assert len(found.codes) == len(y) and found.accuracies == embed(model, few, fit_on=digits).accuracies
-    # in training too, and however few they are
+    # also in training, and however few they are
     monkeypatch.setattr("aezoo.tasks.embed._MAX_PROBE_SAMPLES", 30)
     x_train, y_train = digits.tensors("train")
     rows = torch.arange(0, len(y_train), 50)
@@ -238,7 +238,7 @@ def test_umap_separates_groups_reproducibly(size):
     groups = np.repeat([0, 1], 40)
     assert plane.shape == (80, 2) and KNeighborsClassifier(5).fit(plane, groups).score(plane, groups) == 1
     assert np.array_equal(plane, project_to_plane(codes, "umap", seed=0))
-    few = np.repeat(codes[:4], 5, axis=0)  # of which it makes four points
+    few = np.repeat(codes[:4], 5, axis=0)  # duplicates, reduced to four points
     assert np.isfinite(project_to_plane(few, "umap", seed=0)).all() and project_to_plane(
         codes[:4], "umap", seed=0
     ).shape == (4, 2)

@@ -1,4 +1,4 @@
-"""explore: what its page shows in Chromium is what the models give in Python, from any server of files."""
+"""explore: its page in Chromium shows the numbers that models give in Python, from any file server."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from aezoo.training.data_units import DataUnits
 from tests import site_check
 
 slow = pytest.mark.slow
-# beyond rounding in float32, relative to the largest number
+# relative to the largest number, above float32 rounding
 TOLERANCE = 1e-4
 IS_IDLE = """() => window.explorer?.cards.length > 0 && explorer.cards.every(card =>
   card.x_hat && [card.inputChanged, card.codeChanged, card.gridChanged].every(run => run.isIdle()))"""
@@ -142,7 +142,7 @@ def test_missing_runtime_says_how_to_get_it(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder in which `page` is that of two tags and of a model of scaled images without samples."""
+    """A folder with a `page` for two tags and a model of scaled images without samples."""
     if site_check.chromium() is None:
         pytest.skip("there is no Chromium here")
     try:
@@ -168,7 +168,7 @@ def chrome(home):
 
 @pytest.fixture
 def page(chrome):
-    """The page in Chromium, ready; at the end nothing may have gone wrong or been asked of another host."""
+    """The loaded page in Chromium; asserts at the end that there were no errors or requests to other hosts."""
     yield from opened(*chrome)
 
 
@@ -189,7 +189,7 @@ def opened(browser, address, wrong=None, before=lambda page: None, **settings):
 
 
 def waited_for(page, condition):
-    """Wait by evaluating: the page's own policy forbids Playwright's way."""
+    """Wait by polling: the page's content security policy forbids Playwright's way."""
     for _ in range(600):
         if page.evaluate(condition):
             return
@@ -198,7 +198,7 @@ def waited_for(page, condition):
 
 
 def settled(page):
-    """Wait until each card shows what the present image and its code give."""
+    """Wait until each card shows the results of the current image and its code."""
     waited_for(page, IS_IDLE)
 
 
@@ -277,7 +277,7 @@ def test_dragging_in_the_plane_changes_the_picture(page):
         expected = aezoo.load_model("vae.mnist_2d").decode(torch.from_numpy(z).float()[None])
     close(numbers(page, 0, "decoded"), expected)
     assert np.abs(np.array(moved)[::4] - 255 * expected.numpy().flatten()).max() < 1
-    # by the keyboard and by a slider as well
+    # also by the keyboard and by a slider
     plane.focus()
     page.keyboard.press("ArrowUp")
     settled(page)
@@ -307,7 +307,7 @@ def test_drawing_noise_and_files_reach_the_models(page, tmp_path):
     drawn = np.array(page.evaluate("[...explorer.input.pixels]")).reshape(28, 28)
     assert drawn[8:20, 13:15].min() > 0.9 and drawn[:, :9].max() == 0
     assert np.abs(numbers(page, 0, "x_hat") - blank).max() > 0.3
-    assert page.locator("[data-part=nearest]").first.inner_text().startswith("1")  # a bar is a one
+    assert page.locator("[data-part=nearest]").first.inner_text().startswith("1")  # a bar looks like a one
     page.locator("#noise").focus()
     page.keyboard.press("End")
     settled(page)
@@ -326,7 +326,7 @@ def test_drawing_noise_and_files_reach_the_models(page, tmp_path):
 
 
 @slow
-def test_parts_that_do_not_apply_say_why_and_names_are_text(page, home):
+def test_missing_parts_are_explained_and_names_are_escaped(page, home):
     cards = page.locator(".card")
     assert cards.nth(2).locator("h2").inner_text() == str(home / "<b>odd") and page.locator("b").count() == 0
     assert "The range of codes is unknown" in cards.nth(2).inner_text()
@@ -365,7 +365,7 @@ def test_page_warns_of_numbers_that_are_not_the_models(chrome, home):
 
 @slow
 def test_run_shows_its_own_samples_and_threshold(tmp_path, monkeypatch):
-    """With what a run has recorded of its data, and without npm."""
+    """With the data recorded in a run, and without npm."""
     x = (np.random.default_rng(0).random((60, 1, 8, 8)) * 255).astype(np.uint8)
     np.savez(tmp_path / "data.npz", x=x, y=np.array(["cat", "dog"])[np.arange(60) % 2])
     flags = ["--data", str(tmp_path / "data.npz"), "--trainer.max_epochs", "1", "--data.binarise", "threshold"]

@@ -1,4 +1,4 @@
-"""export: files that give what the model gives, in the units of the data, without torch or aezoo."""
+"""export: files give the results of the model, in the units of the data, without torch or aezoo."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ from aezoo.tasks.detect import Detector
 from aezoo.training.data_units import DataUnits
 
 slow = pytest.mark.slow
-# without these the interpreter behaves as if they were not installed
+# hides these packages, as if they were not installed
 ALONE = "import sys; sys.modules.update(dict.fromkeys(['torch', 'aezoo', 'lightning'])); "
 
 
@@ -42,7 +42,7 @@ def onnx_session(path):
 
 
 def example_of(readme, name):
-    """The code in the section of a file."""
+    """The code in a section of a file."""
     section = readme.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     return code
@@ -50,7 +50,7 @@ def example_of(readme, name):
 
 @pytest.fixture(scope="module")
 def bytes_home(tmp_path_factory):
-    """A saved model of small byte images and their file, which has a test split of its own."""
+    """A saved model of small byte images and their file, which has a test split."""
     home = tmp_path_factory.mktemp("bytes")
     x = (drawn(150, 1, 8, 8) ** 3 * 255).astype(np.uint8)
     labels = np.array(["cat", "dog", "eel"])[np.arange(150) % 3]
@@ -117,7 +117,7 @@ def test_threshold_agrees_with_detect_by_every_rule(bytes_home, tmp_path, flags)
 
 @slow
 def test_score_of_a_table_uses_the_units_of_the_table(tmp_path):
-    """Values of about 1e9, which float32 would not tell apart."""
+    """Values of about 1e9, which float32 would not distinguish."""
     x = drawn(120, 3) * [1, 100, 1e-3] + [1e9, 5, 0]
     home = tmp_path
     np.savetxt(home / "table.csv", x, delimiter=",", header="a,b,c", comments="", fmt="%.12g")
@@ -138,7 +138,7 @@ def test_score_of_a_table_uses_the_units_of_the_table(tmp_path):
     np.testing.assert_allclose(score, scores, rtol=1e-4)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["columns"]) == ["a", "b", "c"] and "`a`, `b`, `c`" in (home / "out/README.md").read_text()
-    # a reconstruction comes back in the units of the table
+    # reconstructions are in the units of the table
     aezoo.export(model, out=str(home / "back"))
     (x_hat,) = onnx_session(home / "back" / "reconstruct.onnx").run(None, {"x": x})
     offset, factor = (part.numpy() for part in module.units.offset_and_factor)
@@ -148,7 +148,7 @@ def test_score_of_a_table_uses_the_units_of_the_table(tmp_path):
 
 @slow
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
-def test_functions_of_a_discrete_model_fit_together(tmp_path, format):
+def test_exported_functions_of_a_discrete_model_agree(tmp_path, format):
     torch.manual_seed(0)
     model = aezoo.create_model("vq_vae", (1, 8, 8), latent_dim=4, codebook_size=16, net="mlp", hidden_dims=(8,)).eval()
     model.data_units = DataUnits(white=255)
@@ -221,7 +221,7 @@ def test_program_contains_its_metadata(tmp_path):
 
 @pytest.mark.slow
 def test_weights_are_stored_next_to_a_large_graph(tmp_path, monkeypatch):
-    """A protobuf holds 2 GiB; beyond, the weights lie in a file of their own, which keeps its name."""
+    """A protobuf holds up to 2 GiB; larger weights are in a separate file, which keeps its name."""
     monkeypatch.setattr(graphs, "_LARGE", 0)
     model = aezoo.create_model("dense_ae", (64,), latent_dim=2).eval()
     found = aezoo.export(model, out=str(tmp_path))
@@ -258,7 +258,7 @@ def test_estimator_detect_and_files_decide_alike(tmp_path):
     random = np.random.default_rng(0)
     x = random.normal(size=(900, 5)) * [1, 100, 1e-3, 1, 1] + [1e6, 5, 0, 0, 0]
     x[600:700] += random.normal(size=(100, 5)) * x.std(0) * 3
-    # 99 of 500 samples are left out, so that the threshold is on the score of one of them
+    # 99 of 500 samples are held out, so that the threshold is the score of one of them
     estimator = AutoencoderDetector(random_state=0, max_epochs=4, calibration_fraction=0.198).fit(x[:500])
     model = aezoo.load_model(aezoo.save_model(estimator.autoencoder_, tmp_path / "model"))
     np.save(tmp_path / "x.npy", x)
@@ -308,11 +308,11 @@ def test_opset_is_that_of_the_file(tmp_path):
         assert {one.version for one in onnx.load(path).opset_import if one.domain == ""} == {opset}
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 class Branches(broken_models.CorrectModel):
-    """Its code depends on values in a way that no graph holds."""
+    """The code depends on values by control flow that cannot be exported."""
 
     def encode(self, x):
         code = super().encode(x)
@@ -320,7 +320,7 @@ class Branches(broken_models.CorrectModel):
 
 
 class Draws(broken_models.CorrectModel):
-    """Its code is drawn."""
+    """The code is drawn."""
 
     def encode(self, x):
         code = super().encode(x)
@@ -423,7 +423,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
 
 @slow
 def test_export_uses_the_data_of_the_run(tmp_path, capsys):
-    """Scaling, classes and calibration samples come from the run; `detect` says the same of its test split."""
+    """Scaling, classes and calibration samples come from the run; `detect` gives the same for its test split."""
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "data.npz", x=rng.normal(100, 5, (200, 4)), y=np.array(["a", "b"])[np.arange(200) % 2])
     flags = ["--data.name", str(tmp_path / "data.npz"), "--trainer.max_epochs", "1", "--model.latent_dim", "2"]
@@ -455,7 +455,7 @@ LIKELIHOODS = (
     *("bernoulli", "continuous_bernoulli", "gaussian:learned", "sigmoid_gaussian", "laplace"),
     *("discretised_logistic", "beta_binomial", "logcosh", "logit_laplace"),
 )
-# without an operator of ONNX, by likelihood and by model as docs/export.md names them
+# without an ONNX operator, by likelihood and by model as documented in docs/export.md
 NOT_IN_ONNX = ("beta_binomial",)
 
 
@@ -465,7 +465,7 @@ def test_score_of_every_likelihood(likelihood, tmp_path):
     torch.manual_seed(0)
     model = aezoo.create_model("dense_ae", (1, 4, 4), latent_dim=2, likelihood=likelihood).eval()
     x = torch.from_numpy((drawn(30, 1, 4, 4) * 255).astype(np.uint8)) / 255
-    # a file of ONNX is made from a program that is a file of pt2
+    # an ONNX file is made from an exported program, which a pt2 file contains
     given = "pt2" if likelihood in NOT_IN_ONNX else "onnx"
     if likelihood in NOT_IN_ONNX:
         with pytest.raises(AezooError, match=r"ONNX has no operator .*: use format pt2"):
@@ -473,14 +473,14 @@ def test_score_of_every_likelihood(likelihood, tmp_path):
     assert aezoo.export(model, what="score", format=given, calibrate_on=x, out=str(tmp_path)).difference < 1e-4
 
 
-# what docs/export.md names, by model
+# as documented in docs/export.md, by model
 NOT_EXPORTED = {
     name: {"score"} for name in ("dagmm", "gamma_vae", "hyperspherical_vae", "hvae", "padim", "patchcore", "rhvae")
 }
 
 
 def differs(found, wanted):
-    """Whether two outputs are not the same within what contract checks allow."""
+    """Whether two outputs differ by more than the tolerance of the model checks."""
     return any(float((a.double() - b.double()).abs().max()) > 1e-4 * max(1e-3, float(b.abs().max())) for a, b in
                zip(found, wanted, strict=True))  # fmt: skip
 
@@ -491,7 +491,7 @@ def test_page_names_what_cannot_be_exported():
 
 
 def of_own_functions():
-    """A model of each score or reconstruction that is not the base's; tests above export that, by likelihood."""
+    """Models that override score or forward; the base's are tested above for each likelihood."""
     found = {(Autoencoder.score, Autoencoder.forward)}
     for name in own_models():
         cls = aezoo.model_class(name)
@@ -502,8 +502,8 @@ def of_own_functions():
 
 @slow
 @pytest.mark.parametrize("name", [*of_own_functions()])
-def test_model_exports_what_the_contract_does_not_check(name, tmp_path):
-    """Scores, and codes and decoders if a reconstruction is more than both: the contract checks that and indices."""
+def test_model_functions_can_be_exported(name, tmp_path):
+    """Scores, and codes and decoders if a reconstruction is not their composition; model checks cover the rest."""
     subject = of_graphs(name)
     model, batches = graphs.portable_copy(subject.build()), (subject.data(), subject.data(3, seed=1), subject.data(1))
     failed = set()

@@ -1,4 +1,4 @@
-"""Figures of quality: closed forms, scipy's matrix root and plain loops over the papers' definitions."""
+"""Metrics of quality: compared with closed forms, scipy's matrix root and explicit loops over the definitions."""
 
 import csv
 
@@ -64,7 +64,7 @@ def test_precision_recall_limits_are_one_and_zero():
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     assert fidelity.precision_recall(x, x) == (1, 1)
     assert fidelity.precision_recall(x, x + 100) == (0, 0)
-    # half of the modes: all that is generated is real, half of what is real is generated
+    # half of the modes: all generated samples are real, half of the real ones are generated
     both = torch.cat([x, x + 100])
     assert fidelity.precision_recall(both, x) == (1, 0.5)
     assert fidelity.precision_recall(x, both) == (0.5, 1)
@@ -109,7 +109,7 @@ def test_copies_are_closer_to_training_set_than_samples():
     fresh = generate(identity(4), x[400:], fit_on=x[:400], prior="gaussian", n=1, quality=200).figures
     assert copies[0]["closer"] > 0.75 and fresh[0]["closer"] == pytest.approx(0.5, abs=0.07)
     assert fresh[0]["n"] == fresh[1]["n"] == 200 and fresh[1]["closer"] == 0.5
-    # samples of the truth are as good as real ones
+    # samples of the true distribution are as good as real ones
     assert fresh[0]["fid"] < 0.3 and abs(fresh[0]["precision"] - fresh[1]["precision"]) < 0.15
 
 
@@ -181,12 +181,12 @@ def test_training_samples_are_not_used_as_held_out_reference():
     assert [row["n"] for row in new.figures] == [40, 40] and "held-out" in new.source
 
 
-# ---- Inception ------------------------------------------------------------------------------------------------------
+# ---- Inception -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """Where torchvision would store the weights."""
+    """The path where torchvision would store the weights."""
     from torchvision.models import Inception_V3_Weights
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -205,10 +205,10 @@ def test_inception_is_used_if_available_with_its_scaling(stored):
     data = SampleSet(ArrayDataset(x))
     assert "Inception-v3" not in fidelity_features.choose_features(data, torch.device("cpu"), 0, False).name
     torch.manual_seed(0)
-    network = inception_v3(weights=None, init_weights=False, transform_input=True)  # as with weights
+    network = inception_v3(weights=None, init_weights=False, transform_input=True)  # as with pretrained weights
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # one batch sets the scale, so that random weights tell images apart
+            module.momentum = 1.0  # one batch sets the scale, so that random weights distinguish images
     with torch.no_grad():
         network(4 * torch.rand(2, 3, 299, 299) - 2)
     network.eval()
@@ -220,7 +220,7 @@ def test_inception_is_used_if_available_with_its_scaling(stored):
     with torch.no_grad():
         expected = pooled(normalize(colour, official.mean, official.std))["f"].flatten(1)
         found = features.extract(x[:2])
-        # what is out of range counts as black and white, as in a file of 8 bits
+        # values out of range are clipped, as in an 8-bit file
         extreme = torch.cat([x[:1].round(), 9 * x[:1].round() - 4])
         black_and_white, beyond = features.extract(extreme)
     assert features.name == "Inception-v3 of torchvision" and found.shape == (2, 2048)

@@ -1,4 +1,4 @@
-"""generate: where samples come from, how they are distributed, and the walks through code space."""
+"""generate: sources of samples, their distribution, and paths through code space."""
 
 import importlib
 import math
@@ -43,7 +43,7 @@ def identity(size):
     return model.eval()
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------------
 
 
 def test_auto_prior_is_model_prior_if_available(tmp_path, vae):
@@ -88,7 +88,7 @@ def test_samples_are_seeded_and_independent_of_batch_size(dense, digits, prior):
         generate(dense, fit_on=digits.tensors("train")[0][:120], prior=prior, n=12, seed=seed, batch_size=size).samples
         for seed, size in ((1, 12), (1, 5), (2, 12))
     )
-    # another batch size rounds otherwise, which two networks and a draw between them magnify
+    # another batch size rounds differently, which is amplified by two networks and a draw in between
     assert np.allclose(one, same, atol=1e-4) and not np.allclose(one, other, atol=5e-4)
     assert one.shape == (12, 1, 8, 8)
 
@@ -128,10 +128,10 @@ def test_code_maps_are_sampled_with_full_shape(tmp_path):
     assert generate(model, x, traverse=True, walks=2, steps=4).samples.shape == (2, 4, 1, 8, 8)
 
 
-# ---- walks ----------------------------------------------------------------------------------------------------------
+# ---- paths in code space ---------------------------------------------------------------------------------------------
 
 
-def test_legend_of_curves_names_both_samples():
+def test_curve_legend_names_both_samples():
     x = torch.rand(1, 2, 4)
     walk = generate_walks.Walks("interpolation", torch.rand(1, 3, 2), [], (x[:, 0], x[:, 1]))
     (legend,) = generate_walks.picture(walk, torch.rand(1, 3, 4).numpy()).legends
@@ -147,7 +147,7 @@ def test_interpolation_is_linear_or_spherical(vae, digits):
             for asked in (True, False)
         )
     assert np.allclose(line, np.linspace(a, b, 7), atol=1e-6)
-    # the plane of a and b and the weights of the great circle between their directions, both of scipy
+    # in the plane of a and b, with the weights of the great circle between their directions, by scipy
     great = geometric_slerp(a / np.linalg.norm(a), b / np.linalg.norm(b), np.linspace(0, 1, 7))
     weights = np.linalg.lstsq(np.stack([a / np.linalg.norm(a), b / np.linalg.norm(b)], 1), great.T)[0]
     assert np.allclose(circle, weights.T @ np.stack([a, b]), atol=1e-5) and not np.allclose(circle, line, atol=1e-3)
@@ -187,7 +187,7 @@ def test_interpolation_defaults_to_samples_of_the_prior(vae):
             z[i, :, d] = torch.stack([low, (low + high) / 2, high])
         assert np.allclose(walked, vae.decode(z.flatten(0, 1)).unflatten(0, (2, 3)), atol=1e-5)
     assert generate(vae, interpolate=True, walks=3, steps=4).samples.shape == (3, 4, 1, 8, 8)
-    some = torch.rand(3, 1, 8, 8)  # their codes are varied by those of the prior
+    some = torch.rand(3, 1, 8, 8)  # codes of these are varied by those of the prior
     assert generate(vae, around=some, steps=4).samples.shape == (3, 4, 1, 8, 8)
     assert np.allclose(generate(vae, around=some, spread=1e-6, steps=2).samples[:, 0], vae(some).detach(), atol=1e-4)
 
@@ -201,7 +201,7 @@ def test_neighbourhood_radius_is_in_code_deviations():
     assert np.abs(found.reshape(-1, 3).mean(0)).max() < 0.03
 
 
-# ---- bad values -----------------------------------------------------------------------------------------------------
+# ---- bad values ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "gmm", "knn"])

@@ -1,4 +1,4 @@
-"""generate with a prior over indices: its flags, what they are refused for, and the way from two fits to samples."""
+"""generate with a prior over indices: options, refused combinations, and the steps from two fits to samples."""
 
 import shutil
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_quantised_model_without_prior_suggests_index_prior():
     assert "pixelcnn" not in generate(dense, fit_on=x, n=3, n_components=2).source
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def fit(home, *flags):
@@ -101,7 +101,7 @@ def fit(home, *flags):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of a vq_vae's run and of that of a prior on it."""
+    """The folders of a vq_vae's run and of a run of a prior on it."""
     home = tmp_path_factory.mktemp("home")
     given = [f"--model.{key}={value}" for key, value in TOKENIZER.items()]
     fit(home, "--model", "vq_vae", *given, "--trainer.max_epochs", "1")

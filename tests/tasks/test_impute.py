@@ -1,4 +1,4 @@
-"""impute: conditional means in closed form, values that stay bit for bit, formats of files, baselines."""
+"""impute: closed-form conditional means, exactly preserved values, file formats, baselines."""
 
 import csv
 
@@ -19,7 +19,7 @@ QUIET = {"baselines": False, "n_shown": 0}
 
 
 def holes(x, share=0.3, seed=0):
-    """The same with NaN in a share of the values, and at least one value in each sample."""
+    """The array with NaN in a share of the values, and at least one value in each sample."""
     x = np.array(x)
     lacks = np.random.default_rng(seed).random(x.shape) < share
     lacks.reshape(len(x), -1)[:, 0] &= ~lacks.reshape(len(x), -1).all(1)
@@ -28,7 +28,7 @@ def holes(x, share=0.3, seed=0):
 
 
 class Gaussian:
-    """x = W z + m + s eps, and models that know W, m and s."""
+    """x = W z + m + s eps, and models with known W, m and s."""
 
     def __init__(self, noise):
         rng = np.random.default_rng(1)
@@ -49,7 +49,7 @@ class Gaussian:
         return model
 
     def vae(self, spread=1.0, name="vae"):
-        """Probabilistic PCA, whose posterior's deviations are multiplied by `spread`."""
+        """Probabilistic PCA, with standard deviations of the posterior multiplied by `spread`."""
         model = aezoo.create_model(name, (D,), latent_dim=K, hidden_dims=(), likelihood=f"gaussian:{self.s2**0.5!r}")
         down, up = (
             next(m for m in net.modules() if isinstance(m, nn.Linear)) for net in (model.encoder, model.decoder)
@@ -66,7 +66,7 @@ class Gaussian:
         return model
 
     def conditional_means(self, x):
-        """E[x_missing | x_observed] of N(m, W W' + s^2 I), sample by sample."""
+        """E[x_missing | x_observed] of N(m, W W' + s^2 I), for each sample."""
         found, covariance = np.array(x, np.float64), self.w @ self.w.T + self.s2 * np.eye(D)
         for row in found:
             lacks, has = np.isnan(row), ~np.isnan(row)
@@ -85,7 +85,7 @@ def test_fixed_point_of_pca_is_least_squares():
         z = np.linalg.lstsq(data.w[has], row[has] - data.m[has], rcond=None)[0]
         row[~has] = (data.m + data.w @ z)[~has]
     found = impute(data.linear_ae(), x, steps=2000, **QUIET)
-    near = found.change < 1e-5  # where the observed values hardly determine the code it takes longer
+    near = found.change < 1e-5  # convergence is slow where the observed values hardly determine the code
     assert near.mean() > 0.9
     np.testing.assert_allclose(found.x_hat[near], expected[near], atol=2e-3)
 
@@ -113,13 +113,13 @@ def test_importance_sampling_corrects_another_proposal():
 
 def test_exact_proposal_gives_equal_weights():
     data = Gaussian(0.8)
-    data.w[-1] = 0  # the last value says nothing of the code
+    data.w[-1] = 0  # the last value does not depend on the code
     data.w[:-1] = np.linalg.qr(data.w[:-1])[0] * [2.0, 1.5, 1.0]
     x = data.x.astype(np.float32)
     x[:, -1] = np.nan
     found = impute(data.vae(), x, draws=20, **QUIET)
     np.testing.assert_allclose(found.effective_draws, 20, rtol=1e-3)
-    # one over the integral of p^2 / q, a Gaussian and one of 1.5 times its deviation in K dimensions
+    # 1 / integral of p^2 / q for a Gaussian p, and q with 1.5 times its deviation in K dimensions
     expected = 400 * (np.sqrt(2 * 1.5**2 - 1) / 1.5**2) ** K
     wide = impute(data.vae(1.5), x, draws=400, **QUIET).effective_draws
     assert wide.mean() == pytest.approx(expected, rel=0.03)
@@ -153,9 +153,9 @@ def test_mask_hides_what_is_there():
     lacks = np.isnan(holes(x))
     lacking = np.where(lacks, np.nan, x)
     expected = impute(model, lacking, fit_on=x, **QUIET).x_hat
-    marked = np.where(lacks, -999, x)  # out of the range of the likelihood
+    marked = np.where(lacks, -999, x)  # outside of the range of the likelihood
     assert (impute(model, marked, mask=lacks, fit_on=x, **QUIET).x_hat == expected).all()
-    # one of one channel for all
+    # a mask of one channel applies to all
     half = np.zeros((1, 1, 5, 5), bool)
     half[..., 2:] = True
     lacking = np.where(half, np.nan, x)
@@ -164,7 +164,7 @@ def test_mask_hides_what_is_there():
     assert (impute(model, lacking, mask=half, fit_on=x, **QUIET).x_hat == expected).all()
 
 
-# ---- the comparison -------------------------------------------------------------------------------------------------
+# ---- the comparison --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_hidden_values_are_compared_with_baselines():
     assert list(rows) == ["linear_ae", "mean", "knn", "regressions"]
     assert rows["linear_ae"]["rmse"] < 0.5 * rows["mean"]["rmse"]
     assert "least error: linear_ae" in found.summary() or "least error: regressions" in found.summary()
-    # a model that gives the mean back is as good as the mean, and one that gives a constant has its error
+    # a model that returns the mean is as good as the mean, and one that returns a constant has its error
     model = data.linear_ae()
     with torch.no_grad():
         model.decoder[0].weight.zero_()
@@ -192,7 +192,7 @@ def test_hidden_values_are_compared_with_baselines():
 def test_baselines_do_not_see_what_is_hidden():
     x = np.random.default_rng(0).normal(0, 1, (60, D)).astype(np.float32)
     rows = {row["method"]: row for row in impute(Gaussian(0.3).linear_ae(), x, hide=0.3, n_shown=0).rows}
-    # of independent values nothing says more than the mean, and five neighbours have a fifth of the variance besides
+    # for independent values nothing is better than the mean, and five neighbours add a fifth of the variance
     assert rows["knn"]["rmse"] > rows["mean"]["rmse"]
     assert rows["mean"]["rmse"] == pytest.approx(1, abs=0.15)
 
@@ -225,7 +225,7 @@ def test_trained_model_beats_the_mean():
     assert rows["dense_ae"] < 0.6 * rows["mean"]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 NAMES = ("age", "height", "weight")
 
@@ -285,6 +285,30 @@ def test_parquet_keeps_other_columns_and_values(table_model, tmp_path):
     np.testing.assert_allclose(written[["age", "height"]].to_numpy()[1], expected, rtol=1e-5)
 
 
+def test_parquet_is_completed_in_parts(table_model, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("aezoo.tasks.impute_files._MAX_VALUES", 6)  # two rows
+    age, height = [41, 35, 30, None, 52], [1.7, 1.6, None, 1.8, 1.75]
+    table = pa.table({"age": age, "label": ["a", "b", "a", "b", "c"], "height": height, "weight": [70, 71, 72, 73, 74]})
+    # groups of rows that do not end with the parts
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=3)
+    found, out = completed(table_model, tmp_path / "x.parquet")
+    written = pq.read_table(out / "imputed.parquet")
+    assert [str(kind) for kind in written.schema.types] == ["double", "string", "double", "int64"]
+    assert [written[name].to_pylist() for name in ("label", "weight")] == [
+        table[name].to_pylist() for name in ("label", "weight")
+    ]
+    given = [41, 35, 30, pytest.approx(found.x_hat[3, 0] * 10 + 40, rel=1e-5), 52]
+    assert written["age"].to_pylist() == given
+    assert written["height"].to_pylist() == [
+        *height[:2],
+        pytest.approx(found.x_hat[2, 1] * 0.1 + 1.7, rel=1e-5),
+        *height[3:],
+    ]
+
+
 def test_frame_comes_back_in_its_units(table_model, tmp_path):
     import pandas
 
@@ -341,7 +365,7 @@ def test_every_kind_of_sample_is_completed_and_drawn(tmp_path, shape):
         assert np.load(tmp_path / "imputed.npy").shape == (5, *shape) and np.isfinite(found.x_hat).all()
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The second stage as a prior of codes: its density, its draws, and what it leaves alone."""
+"""The second-stage VAE as a prior of codes: its density, its samples, and the random state."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def fitted():
 def test_second_stage_prior_fits_ring_shaped_codes(fitted):
     drawn = np.linalg.norm(fitted.sample(4000, seed=0), axis=1)
     gaussian = np.linalg.norm(priors.fit("gaussian", ring(1500, 0)).sample(4000, seed=0), axis=1)
-    # the mean distance from the ring is 0.16 for codes
+    # the mean distance of codes from the ring is 0.16
     assert np.abs(drawn - 2).mean() < 0.5 < 0.6 < np.abs(gaussian - 2).mean()
     held = ring(1000, 1)
     assert fitted.gain(held) > 0.3
@@ -40,7 +40,7 @@ def test_two_stage_density_is_normalised_and_matches_samples(fitted):
     drawn = fitted.sample(20_000, seed=0)
     assert (p[:, None] * grid).sum(0) == pytest.approx(drawn.mean(0), abs=0.06)
     assert (p * (grid**2).sum(1)).sum() == pytest.approx((drawn**2).sum(1).mean(), rel=0.04)
-    # without the noise at t, which the paper adds, draws would be narrower than the density
+    # without the noise at t, as in the paper, samples would be narrower than the density
     scale = float(fitted.density.vae.likelihood.log_scale.detach().exp())
     assert 0.02 < scale < 0.9
 
@@ -84,7 +84,7 @@ def test_prior_keeps_best_held_out_weights(monkeypatch):
     monkeypatch.setattr(priors_principal, "_train", watched)
     fitted = priors.fit("two_stage", codes)
     assert losses[-1] == min(losses) < losses[0]
-    # 200 epochs later 54 codes are known by heart, which is not what is kept
+    # after 200 epochs 54 codes are memorised, but these weights are not kept
     assert fitted.gain(np.random.default_rng(1).normal(size=(500, 4))) > -1.5
 
 
@@ -95,7 +95,7 @@ def test_fitting_and_sampling_keep_torch_rng_state():
     fitted.sample(3, seed=0)
     fitted.log_prob(ring(3, 1))
     assert torch.equal(state, torch.get_rng_state())
-    with torch.no_grad():  # as a task does
+    with torch.no_grad():  # as in a task
         priors.fit("two_stage", ring(12, 0))
 
 

@@ -1,4 +1,4 @@
-"""Odd values for every flag of every command: each works or is refused in one line, at once and by name."""
+"""Unusual values of every option of every command: each is accepted or refused immediately, in one line, by name."""
 
 import contextlib
 import importlib
@@ -53,7 +53,7 @@ def test_option_value_is_accepted_or_refused_in_one_line(command, option, model,
     function = function_of(command)
     parser = task_commands.parser_of(command, function)
     accepted = inspect.signature(function).parameters
-    # nothing that takes long beside the option in question
+    # settings that keep the command fast
     quick = {"n_shown": 0, "baselines": False, "compare": False, "n": 4, "n_draws": 2, "format": "safetensors"}
     common = {key: value for key, value in quick.items() if key in accepted and key != option}
     if "file" in accepted:

@@ -1,4 +1,4 @@
-"""Results on disk: whole or not there, readable by others."""
+"""Result files: complete or not written, and readable by other programs."""
 
 import csv
 import errno

@@ -1,4 +1,4 @@
-"""Commands on several processes and after a kill: the files of one undisturbed process, bit for bit."""
+"""Commands on several processes or after a kill give exactly the files of one uninterrupted process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ COMMANDS = {
     "compress": ["--mode=lossy", "--compare=false"],
     "decompress": [],
 }
-# of a model of pictures of any size
+# a model of images of any size
 MAP = {"latent_map": True, "hidden_dims": (4, 8), "latent_dim": 3}
 # values in a frame of an .aez file
 FRAME = 64 * 2 * BATCH
@@ -66,7 +66,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def counted(monkeypatch, most: int = 10**6) -> list[int]:
-    """Count the blocks that are computed, and interrupt the run after so many."""
+    """Count computed blocks, and interrupt the run after a number of them."""
     blocks, seen = Passes.blocks, []
 
     def limited(self, *given, **named):
@@ -82,7 +82,7 @@ def counted(monkeypatch, most: int = 10**6) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_interrupted_command_goes_on_bit_for_bit(words_of, tmp_path, monkeypatch, capsys, command):
+def test_interrupted_command_resumes_bit_for_bit(words_of, tmp_path, monkeypatch, capsys, command):
     monkeypatch.setattr(partial, "SECONDS", 0.0)
     monkeypatch.setattr(container, "MAX_FRAME_VALUES", FRAME)
     words = words_of(command, tmp_path / "whole")
@@ -159,7 +159,7 @@ main(json.loads(sys.argv[1]))
 
 
 @pytest.mark.slow
-def test_killed_command_goes_on_bit_for_bit(words_of, tmp_path, monkeypatch):
+def test_killed_command_resumes_bit_for_bit(words_of, tmp_path, monkeypatch):
     argv = words_of("reconstruct", tmp_path / "again")
     settings = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(argv)], capture_output=True, env=settings)

@@ -1,4 +1,4 @@
-"""Commands on pictures of several sizes: each is processed in its own size and comes back in it."""
+"""Commands on images of several sizes: each is processed and returned in its own size."""
 
 import csv
 
@@ -87,7 +87,7 @@ def test_decompress_gives_each_picture_back_in_its_size(case, tmp_path):
     error = sum(float((torch.from_numpy(a) - b).square().sum()) for a, b in zip(found.x, x, strict=True))
     mse = error / sum(part.numel() for part in x)
     assert result.rows[0]["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-4)
-    if case in ("learned", "indices"):  # to the bit the model's reconstruction
+    if case in ("learned", "indices"):  # exactly the model's reconstruction
         with torch.no_grad():
             assert all(np.array_equal(a, model(b[None])[0]) for a, b in zip(found.x, x, strict=True))
 

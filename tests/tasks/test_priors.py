@@ -1,4 +1,4 @@
-"""Priors: what they draw is distributed as the codes are, by tests of statistics and by densities known in advance."""
+"""Priors: samples are distributed like the codes, by statistical tests and known densities."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from aezoo.tasks import priors, priors_principal
 
 
 def mixture(n, seed):
-    """Two narrow Gaussians in three dimensions, 3 to 1, nothing like one Gaussian."""
+    """Two narrow Gaussians in three dimensions, 3 to 1, unlike a single Gaussian."""
     rng = np.random.default_rng(seed)
     first = rng.random(n) < 0.75
     a = rng.multivariate_normal([4, 0, 1], [[1, 0.8, 0], [0.8, 1, 0], [0, 0, 0.1]], n)
@@ -35,7 +35,7 @@ def test_mixture_samples_pass_two_sample_test():
     assert least_p(drawn, mixture(2000, 2)) > 0.05
     # the test has power: a single Gaussian fails it
     assert least_p(priors.fit("gaussian", mixture(4000, 0)).sample(2000, seed=1), mixture(2000, 2)) < 1e-6
-    # and the first half is no other than the second: draws do not come sorted by Gaussian
+    # samples are not sorted by component
     assert least_p(drawn[:1000], drawn[1000:]) > 0.05
 
 
@@ -100,23 +100,23 @@ def test_flow_prior_beats_gaussian_and_is_normalised():
     side = np.linspace(-6, 6, 241)
     grid = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     assert np.exp(fitted.log_prob(grid)).sum() * (side[1] - side[0]) ** 2 == pytest.approx(1, abs=0.01)
-    # what it draws has the density that it states: the mean log-density of draws is minus their entropy
+    # samples have the stated density: their mean log-density is minus its entropy
     drawn = fitted.sample(4000, seed=0)
     assert np.abs(np.linalg.norm(drawn, axis=1) - 2).mean() < 0.5
     histogram = np.histogram2d(*drawn.T, bins=24, range=[[-4, 4], [-4, 4]])[0].T / len(drawn)
     centres = (np.linspace(-4, 4, 241)[1:] + np.linspace(-4, 4, 241)[:-1]) / 2
     fine = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
     mass = np.exp(fitted.log_prob(fine)).reshape(24, 10, 24, 10).sum((1, 3)) / 30**2
-    assert np.abs(histogram - mass).sum() < 0.25  # 0.15 is the noise of 4,000 draws
+    assert np.abs(histogram - mass).sum() < 0.25  # 0.15 is the noise of 4,000 samples
 
 
 @pytest.mark.slow
 def test_flow_keeps_best_held_out_weights(monkeypatch):
     monkeypatch.setattr(priors_principal, "_PATIENCE", 10_000)
-    monkeypatch.setattr(priors_principal, "_EPOCHS", 100)  # by then it knows 100 codes by heart
+    monkeypatch.setattr(priors_principal, "_EPOCHS", 100)  # by then 100 codes are memorised
     rng = np.random.default_rng(0)
     fitted = priors.fit("maf", rng.normal(size=(100, 4)))
-    assert fitted.gain(rng.normal(size=(2000, 4))) > -0.3  # nothing is likelier than a Gaussian there
+    assert fitted.gain(rng.normal(size=(2000, 4))) > -0.3  # no density is better than the Gaussian here
 
 
 @pytest.mark.slow
@@ -172,7 +172,7 @@ def test_degenerate_codes_can_be_fitted(name, kind, monkeypatch):
     }[kind]
     drawn = priors.fit(name, codes.astype(np.float32)).sample(7, seed=0)
     assert drawn.shape == (7, codes.shape[1]) and np.isfinite(drawn).all()
-    if kind == "binary":  # 0 and 1 are as frequent as they were
+    if kind == "binary":  # 0 and 1 are as frequent as in the codes
         many = priors.fit(name, codes.astype(np.float32)).sample(2000, seed=0)
         assert np.abs(many.mean(0) - codes.mean(0)).max() < 0.15
     if kind == "all the same":

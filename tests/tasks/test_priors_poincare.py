@@ -1,4 +1,4 @@
-"""The prior of codes in a Poincare ball: its coordinates are isometric along rays, and its draws stay inside."""
+"""The prior of codes in a Poincare ball: its coordinates are isometric along rays, and samples stay inside."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_normal_coordinates_keep_radial_distance(radius):
     prior = Poincare(z, 1, 0, radius)
     v = prior.to_flat(z)
     np.testing.assert_allclose(prior.from_flat(v), z, rtol=1e-9, atol=1e-12)
-    # distance of the ball of curvature -1/R^2, by its arcosh form
+    # distance in the ball of curvature -1/R^2, by its arcosh form
     x = z / radius
     distance = radius * np.arccosh(1 + 2 * (x**2).sum(1) / (1 - (x**2).sum(1)))
     np.testing.assert_allclose(np.linalg.norm(v, axis=1), distance, rtol=1e-6)

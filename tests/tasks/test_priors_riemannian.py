@@ -1,4 +1,4 @@
-"""The Riemannian prior: its metric and its density, written out, and draws that follow the density."""
+"""The Riemannian prior: its metric and density by formulas, and samples that follow the density."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_density_far_from_codes_is_gaussian():
 
 @pytest.mark.slow
 def test_samples_match_density_by_quadrature():
-    """Against its quadrature: the share of each of nine squares."""
+    """Compared with its quadrature: the share of each of nine squares."""
     prior = Riemannian(ring(), 0)
     z = prior.sample(4000, np.random.default_rng(3))
     axis = np.linspace(-4, 4, 401)
@@ -51,7 +51,7 @@ def test_samples_match_density_by_quadrature():
 
 @pytest.mark.slow
 def test_long_mcmc_step_keeps_density_invariant():
-    """What a long step gets wrong its proposals' refusal must mend: from draws of the density come draws of it."""
+    """Errors of a long step are corrected by rejection: starting from draws of the density, it is kept."""
     prior = Riemannian(ring(), 0)
     axis = np.linspace(-3, 3, 241)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)

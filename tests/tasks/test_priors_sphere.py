@@ -1,4 +1,4 @@
-"""The prior of codes on a sphere: its fit finds the mixture that made them, and its density and draws are scipy's."""
+"""The prior of codes on a sphere: it recovers mixture parameters, and density and samples match scipy's."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The mean of posteriors as a prior of codes, and the kernel that stands for it where codes have none."""
+"""The mean of posteriors as a prior of codes, and a kernel density for codes without posteriors."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_generate_uses_posteriors_or_kernel_density(name, monkeypatch):
         with torch.no_grad():
             mean, log_var = model.posterior(x)
         assert np.allclose(fitted.means_ND, mean) and np.allclose(fitted.log_vars_ND, log_var)
-        # the aggregate posterior is what the prior should be: of all priors it makes the KL term least
+        # the aggregate posterior is the prior that minimises the KL term
         z = Posteriors(mean.numpy(), log_var.numpy()).sample(20_000, 1)
         normal = D.Normal(0.0, 1.0).log_prob(torch.from_numpy(z)).sum(1).mean()
         assert fitted.log_prob(z).mean() > normal

@@ -1,4 +1,4 @@
-"""reconstruct: errors that can be computed by hand, and every kind of sample."""
+"""reconstruct: errors with explicit formulas, and all kinds of samples."""
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,7 +31,7 @@ def test_linear_model_errors_match_pca():
     assert np.allclose(found.x_hat, expected, atol=1e-4)
     assert np.allclose(found.mse, ((x - expected) ** 2).mean(1), rtol=1e-3, atol=1e-6)
     assert np.allclose(found.mae, np.abs(x - expected).mean(1), rtol=1e-3, atol=1e-6)
-    # the deviance of the plain Gaussian likelihood is the squared error: see aezoo.distributions.likelihoods
+    # the deviance of the Gaussian likelihood is the squared error: see aezoo.distributions.likelihoods
     assert np.allclose(found.score, ((x - expected) ** 2).sum(1), rtol=1e-3)
 
 
@@ -153,7 +153,7 @@ def test_bad_values_are_refused():
 
 @pytest.fixture
 def half():
-    """A model of two parts, and samples of it."""
+    """A model of two modalities, and samples."""
     torch.manual_seed(0)
     model = aezoo.create_model("mvae", (1, 6, 4), parts=(2, 4), latent_dim=2, hidden_dims=(5,)).eval()
     return model, torch.rand(7, 1, 6, 4)

@@ -1,4 +1,4 @@
-"""Results, data and models in Python: one line each, a DataFrame and a figure when they are asked for."""
+"""Results, data and models in Python: one-line reprs, DataFrames and figures."""
 
 import sys
 
@@ -56,7 +56,7 @@ def test_results_have_a_line_a_table_and_a_figure(model, frame, monkeypatch, com
 def test_figures_show_in_a_notebook_and_need_samples(model, frame):
     figure = aezoo.show(frame, n=2)
     assert figure._repr_png_().startswith(b"\x89PNG") and len(figure.axes) == 2
-    # as in its column, each value is a bar of its own scale
+    # each value is a bar with the scale of its column
     wide = aezoo.show(frame.assign(b=1e6 * frame["b"]), n=2)
     assert [bar.get_width() for bar in wide.axes[0].patches] == pytest.approx(
         [bar.get_width() for bar in figure.axes[0].patches], rel=1e-4

@@ -1,4 +1,4 @@
-"""Samples: the same numbers from an array, a DataModule and a file, read in batches of any size."""
+"""Samples: the same values from an array, a DataModule and a file, read in batches of any size."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_input_file_uses_training_statistics(tmp_path):
 
 
 def trained_on(x, pixels, scale):
-    """The picture as a model sees it that is trained on x, and the units of these."""
+    """The image as a model sees it that is trained on x, and the data units."""
     data = aezoo.DataModule.from_arrays(x, x_test=pixels[None], scale=scale, val_fraction=0)
     return data.tensors("test")[0], data.units
 
@@ -142,7 +142,7 @@ def test_any_image_folder_is_accepted_as_input(tmp_path, capsys):
         (tmp_path / stage).mkdir()
         for i, value in enumerate(values):
             Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / stage / f"{i}.png")
-    assert all_of(read(str(tmp_path / "test"), UNKNOWN)).shape == (3, 1, 4, 4)  # nothing could be learnt from these
+    assert all_of(read(str(tmp_path / "test"), UNKNOWN)).shape == (3, 1, 4, 4)  # too few samples for training
     assert capsys.readouterr().err == ""
     assert len(read(str(tmp_path), UNKNOWN)) == 2
     assert f"--input {tmp_path} has a training split, and only that is used" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_files_use_binarisation_of_training(tmp_path, rule):
         )
         p = all_of(grey)
         assert set(found.unique().tolist()) == {0.0, 1.0} and torch.equal(found, again)
-        assert torch.equal(found[:, 0, :2], p[:, 0, :2])  # what is certain
+        assert torch.equal(found[:, 0, :2], p[:, 0, :2])  # probabilities of 0 and 1
         if rule == "threshold":
             assert torch.equal(found, (p > 0.5).float())
         else:
@@ -234,7 +234,7 @@ def test_samples_of_wrong_shape_or_range_are_refused():
     model = aezoo.create_model("dense_ae", (4,))
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
         SampleSet.from_data(torch.rand(3, 5)).check(model)
-    scaling = {"offset": torch.zeros(4), "factor": torch.ones(4)}  # of data of the model's own shape
+    scaling = {"offset": torch.zeros(4), "factor": torch.ones(4)}  # scaling for data of the model's own shape
     with pytest.raises(AezooError, match="expects samples of shape 4, the data give 5"):
         SampleSet(ArrayDataset(torch.rand(3, 5)), 255, scaling).check(model)
     with pytest.raises(AezooError, match=r"needs data in \[0, 1\]"):

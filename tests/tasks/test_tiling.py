@@ -1,4 +1,4 @@
-"""Tiles: encoder and decoder in parts give what they give on the whole, and what cannot work in parts says so."""
+"""Tiles: encoder and decoder give the same results in tiles as on the whole, and unsupported models are refused."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_series_and_volumes_work_in_tiles(shape):
 
 
 @pytest.mark.slow
-def test_a_margin_too_small_by_one_shows():
+def test_margins_smaller_by_one_change_the_codes():
     model, size = made("gdn, hyperprior"), (64, 64)
     x, whole, parts = torch.rand(1, 1, *size), aezoo.at_size(model, size), aezoo.tiled(model, size, 16)
     parts.encoder.margins = [margin - 1 for margin in parts.encoder.margins]
@@ -83,7 +83,7 @@ def test_a_tile_without_points_is_refused():
 
 
 def residual():
-    """A network that normalises over all places."""
+    """A network that normalises over all positions."""
     torch.manual_seed(0)
     model = aezoo.create_model("resnet_ae", (1, 8, 8), latent_map=True, hidden_dims=(4, 8), latent_dim=3).eval()
     for weight in model.parameters():
@@ -97,7 +97,7 @@ def test_one_blended_tile_is_the_whole():
 
 
 def test_blended_tiles_are_weighted_along_each_axis():
-    """Four tiles of 48 points that overlap by 12: a place in all overlaps is a bilinear mixture."""
+    """Four tiles of 48 points that overlap by 12: a position in all overlaps is a bilinear mixture."""
     model = residual()
     x, tile = torch.rand(1, 1, 84, 84), aezoo.at_size(model, (48, 48))
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_blended_tiles_are_weighted_along_each_axis():
 
 @torch.no_grad()
 def test_blended_tiles_are_those_of_diffusers():
-    """Where theirs has no narrow tile at the end, which ours leaves out."""
+    """Except for a narrow tile at the end, which ours leaves out."""
     torch.manual_seed(0)
     model = aezoo.create_model("diffusers_ae", (3, 32, 32)).eval()
     for p in model.parameters():
@@ -137,7 +137,7 @@ def test_blended_tiles_are_those_of_diffusers():
         for ours, theirs, scale in ((found[0], want[0].chunk(2, 1)[0], 2), (found[1], want[1], 1)):
             cut = (..., slice(kept[0] // scale), slice(kept[1] // scale))
             torch.testing.assert_close(ours[cut], theirs[cut], rtol=0, atol=1e-5)
-        assert (found[0] - z).abs().max() > 1e-3  # blended tiles are not the whole
+        assert (found[0] - z).abs().max() > 1e-3  # blended tiles differ from the whole
 
 
 @pytest.mark.parametrize(

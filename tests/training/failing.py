@@ -1,8 +1,8 @@
-"""`python failing.py ARGV` is `aezoo ARGV` with a trace of each rank and, if FAULT says so, a rank that fails.
+"""`python failing.py ARGV` runs `aezoo ARGV` with a trace of each rank and, if FAULT is set, a rank that fails.
 
-FAULT=RANK:STEP:KIND: after that many batches rank RANK raises, is killed (SIGKILL), is frozen (SIGSTOP), or kills the
-agent of torchrun that has started it, once in a folder. Works under Lightning's launcher, which starts this file again
-for the other ranks, and under torchrun.
+FAULT=RANK:STEP:KIND: after STEP batches rank RANK raises, is killed (SIGKILL), is frozen (SIGSTOP), or kills the
+torchrun agent that started it; once per folder. Works with Lightning's launcher, which starts this file again for the
+other ranks, and with torchrun.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 
 
 class Failing(pl.Callback):
-    """A line a batch in `trace-RANK.jsonl`, the figures of evaluations in `figures.jsonl`, and the fault."""
+    """Writes a line per batch to `trace-RANK.jsonl` and metrics to `figures.jsonl`, and triggers the fault."""
 
     def __init__(self):
         rank, self.step, self.kind = os.environ.get("FAULT", "-1:0:none").split(":")
@@ -41,7 +41,7 @@ class Failing(pl.Callback):
                 raise RuntimeError("the rank that raises")
             if self.kind == "agent":
                 os.kill(os.getppid(), signal.SIGKILL)
-                signal.pause()  # it ends with the agent
+                signal.pause()  # until the agent ends it
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[self.kind])
 
     def on_validation_end(self, trainer, module):
@@ -62,7 +62,7 @@ def write(path, line):
 
 
 def watch():
-    """Note what a rank other than 0 opens for writing in the folder of the run."""
+    """Record files that a rank other than 0 opens for writing in the folder of the run."""
     home = Path.cwd()
 
     def hook(event, arguments):

@@ -1,4 +1,4 @@
-"""Settings that follow the data: the rules, and the same choice on the command line and in scikit-learn's interface."""
+"""Settings chosen from the data: the rules, and equal choices by the command line and the scikit-learn interface."""
 
 import re
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_cli_and_sklearn_choose_alike(tmp_path, monkeypatch, capsys, unit):
     chosen = dict(model.chosen_)
     values = ("none", "bernoulli") if unit else ("standard", "gaussian")
     assert (chosen["scale"], chosen["likelihood"]) == values
-    # no scale is a choice of the command line, too, that is the default of its flag
+    # the command line also chooses no scale, its default
     expected = {"model.latent_dim": 2, "model.likelihood": values[1], "data.batch_size": 16, "trainer.max_epochs": 21}
     assert {f"model.{key}": chosen[key] for key in ("latent_dim", "likelihood")}.items() <= expected.items()
     assert (chosen["batch_size"], chosen["max_epochs"]) == (16, 21)
@@ -104,7 +104,7 @@ def test_given_values_win_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch,
     main(["fit", "--ckpt_path=runs/dense_ae-t/0", "--trainer.max_steps=6"])
     assert "chosen by" not in capsys.readouterr().out
     assert aezoo.load_model("runs/dense_ae-t/0").hparams["latent_dim"] == 3
-    # weights begin as in a run to which the values are given
+    # initial weights are those of a run with the given values
     main(["fit", "-c", "runs/dense_ae-t/0/config.yaml", "--trainer.max_steps=6"])
     one, other = (aezoo.load_model(f"runs/{run}/0").state_dict() for run in ("dense_ae-t", "config"))
     assert all(np.array_equal(one[key], other[key]) for key in one)

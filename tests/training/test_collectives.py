@@ -1,4 +1,4 @@
-"""Sums and rows over processes have the gradients, and the second derivatives, of one process that holds all."""
+"""Collectives give the gradients and second derivatives of one process with all samples."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def values():
 
 
 def loss_of(rank, seen):
-    """A cubic with weights of the rank's own, so that no derivative up to the second is the same for two ranks."""
+    """A cubic with weights of each rank, so that derivatives up to the second differ between ranks."""
     return ((seen**3) * WEIGHTS[rank, : len(seen)]).sum()
 
 
@@ -34,10 +34,10 @@ def of_one_process(collective):
 def _rank(rank, store, folder):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     for collective in (all_gather_rows, all_reduce_sum):
-        # a transposed piece has gaps in memory
+        # a transposed tensor is not contiguous
         x = values().chunk(WORLD)[rank].T.contiguous().T.requires_grad_()
         seen = collective(x)
-        # the square of all first derivatives, of which each process knows its own
+        # the square of all first derivatives, of which each process has its own
         torch.save((seen.detach(), *derivatives(loss_of(rank, seen), x)), f"{folder}/{collective.__name__}-{rank}")
     distributed.destroy_process_group()
 

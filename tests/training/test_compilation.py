@@ -1,4 +1,4 @@
-"""Compilation, denormals and memory layout: they change how fast a run is and nothing else."""
+"""Compilation, denormals and memory layout change the speed of a run and not its results."""
 
 import copy
 import os
@@ -64,7 +64,7 @@ def fit(module, *callbacks, source=None, ckpt_path=None, **plain):
     return losses.seen, trainer
 
 
-# ---- what is worth compiling ----------------------------------------------------------------------------------------
+# ---- choice of compilation -------------------------------------------------------------------------------------------
 
 
 def judged(parameters=10**6, batch_size=256, uses=1, steps=10_000.0, device=CPU):
@@ -86,8 +86,8 @@ def test_compilation_benefit_is_monotone_in_work(device):
 def test_auto_compiles_long_runs_only():
     assert not judged(steps=10.0)
     assert judged(steps=10.0**7)
-    assert not judged(steps=float("inf"))  # nobody knows how long
-    assert not judged(uses=2, steps=10.0**7)  # convolutions, which gain nothing
+    assert not judged(steps=float("inf"))  # unknown length
+    assert not judged(uses=2, steps=10.0**7)  # convolutions, whose compilation gains nothing
     assert judged(uses=2, steps=10.0**7, device=torch.device("cuda", 0))
     assert not judged(parameters=10, batch_size=1, steps=10.0**5)
     assert judged(parameters=10, batch_size=1, steps=10.0**5, device=torch.device("cuda", 0))
@@ -147,7 +147,7 @@ def test_an_unknown_mode_is_refused():
     assert "\n" not in str(caught.value)
 
 
-# ---- a compiled step ------------------------------------------------------------------------------------------------
+# ---- a compiled step -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_compiled_run_takes_the_same_steps(graphs):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch itself has deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's imports
 @pytest.mark.parametrize("name", ["dense_ae", "vae"])
 def test_the_real_compiler_takes_the_same_steps(name):
     import torch._inductor.config
@@ -194,7 +194,7 @@ def test_compiled_step_scales_bytes_equally(graphs):
         trainer = quiet_trainer(max_epochs=1, limit_train_batches=5, limit_val_batches=0, callbacks=[Look()])
         trainer.fit(module, DataModule("mnist5k", **source))
         assert seen == [mode == "default"] * 5
-        assert module.takes_bytes is False  # again after the fit
+        assert module.takes_bytes is False  # reset after the fit
         runs.append(module.state_dict())
     for key, value in runs[0].items():
         torch.testing.assert_close(value, runs[1][key])
@@ -238,7 +238,7 @@ def test_callback_added_later_sees_floats(graphs, in_an_epoch):
             if trainer.current_epoch == 1 and not in_an_epoch:
                 trainer.callbacks.append(Look())
 
-    # as one of this package's own
+    # as a callback of this package
     Adds.__module__ = "aezoo.callbacks"
     trainer = quiet_trainer(max_epochs=2, callbacks=[Adds()], limit_train_batches=2, limit_val_batches=0)
     x = torch.randint(256, (24, 6), dtype=torch.uint8)
@@ -263,7 +263,7 @@ def test_batches_of_other_sizes_run_uncompiled(graphs):
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """Of the batches that what was compiled has seen."""
+    """The batch sizes seen by the compiled function."""
     found = []
 
     def compile_it(function, *, mode, dynamic):
@@ -300,7 +300,7 @@ def test_full_batch_size_comes_from_loader(sizes):
     drawn = torch.utils.data.BatchSampler(range(10), 4, drop_last=False)
     loaders = loader(rows, 4), loader(rows, 64), loader(Stream(), 4), loader(rows, batch_sampler=drawn), [rows], None
     assert [compilation.full_batch(one) for one in loaders] == [4, 10, 4, 0, 0, 0]
-    # what is larger than a loader says is no last batch
+    # a batch larger than the loader's size is not the last one
     compiled = Compiled(lambda x: x.sum(), "default", lambda: None, least=4)
     assert [compiled(torch.ones(n)) for n in (3, 8, 3, 8)] == [3, 8, 3, 8]
     assert sizes == [8, 8]
@@ -350,7 +350,7 @@ def test_missing_compiler_warns_once_and_runs_eagerly(monkeypatch, fault):
         fallen, _ = fit(model("default"))
     texts = [str(one.message) for one in caught if "not compiled" in str(one.message)]
     assert len(texts) == 1 and "\n" not in texts[0] and "no C++ compiler here" in texts[0]
-    assert fallen == plain  # noise of the first step drawn again from its own seed
+    assert fallen == plain  # the noise of the first step is drawn again from the same seed
 
 
 def test_failed_compilation_restores_random_state(monkeypatch):
@@ -371,7 +371,7 @@ def test_failed_compilation_restores_random_state(monkeypatch):
 
 @pytest.mark.slow
 def test_failed_recompilation_continues_uncompiled(monkeypatch):
-    """A layer that is frozen in the middle of a run has the step compiled once more."""
+    """Freezing a layer during a run recompiles the step."""
     made, frozen = [], []
 
     class Freeze(pl.Callback):
@@ -421,7 +421,7 @@ def test_annealing_compiles_once_and_equals_the_plain_run(graphs, mode):
     runs = []
     for compiled in ("off", "default"):
         train, val = [], []
-        # all batches full: an odd one would run uncompiled
+        # full batches only: others run uncompiled
         module = model(compiled, beta=2.5)
         losses, _ = fit(module, anneal(), Watch(), source=data(drop_last=True), num_sanity_val_steps=0)
         runs.append((losses, train, val))
@@ -467,7 +467,7 @@ def test_annealing_writes_no_tensor_into_checkpoints(graphs, tmp_path):
 
 
 class Fails(pl.Callback):
-    """Ends a fit in its first step, and says what is of the fit then."""
+    """Ends a fit in its first step, and records the state of the fit."""
 
     def __init__(self, error):
         self.error, self.seen = error, []
@@ -502,7 +502,7 @@ def test_reused_trainer_registers_cleanup_once(sizes):
     assert len(trainer.callbacks) == many
 
 
-# ---- denormals ------------------------------------------------------------------------------------------------------
+# ---- denormals -------------------------------------------------------------------------------------------------------
 
 
 def flushes():
@@ -544,7 +544,7 @@ def test_a_fit_flushes_denormals_and_restores_them(fails):
     assert not flushes()
 
 
-# ---- memory layout --------------------------------------------------------------------------------------------------
+# ---- memory layout ---------------------------------------------------------------------------------------------------
 
 
 def test_channels_last_applies_to_2d_convolutions_only():
@@ -567,7 +567,7 @@ def test_optimiser_moments_follow_weight_layout():
             conv(torch.ones(1, 4, 5, 5) + torch.arange(4.0)[:, None, None]).sin().sum().backward()
             optimizer.step()
             if fused and turn == 0:
-                to_channels_last(conv)  # the moments stay as they are, as those from a file of another run do
+                to_channels_last(conv)  # the moments keep their layout, as those of a checkpoint do
                 optimizers.align(optimizer)
                 assert optimizer.state[conv.weight]["exp_avg"].stride() == conv.weight.stride()
         layers.append(conv)
@@ -594,7 +594,7 @@ def test_fit_uses_channels_last_and_restores_layout(tmp_path):
     validator = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     validator.validate(module, DataModule("digits"), verbose=False)
     assert [p.stride() for p in module.parameters()] == strides
-    # continues where the moments are in the other layout, as an unstopped run does
+    # the moments have another layout when the run is resumed
     resumed = aezoo.create_model("conv_ae", input_shape=(1, 8, 8), latent_dim=4, hidden_dims=(4, 8))
     part = {"source": DataModule("digits"), "limit_train_batches": 3, "max_epochs": 2}
     fit(resumed, ckpt_path=tmp_path / "a.ckpt", **part)
@@ -613,7 +613,7 @@ def faults():
 
 made = 0
 if sys.argv[1:]:
-    # torch fills what is empty then
+    # torch then fills uninitialised tensors
     torch.use_deterministic_algorithms(True)
     malloc.expect_large_tensors()
     before = faults()
@@ -630,7 +630,7 @@ print(faults() - before, made)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_fit_reduces_page_faults_of_large_tensors():
-    """Of ten rounds of 3 tensors of 16 MiB, each 12,288 pages of 4 KiB, the first alone has to; a model takes few."""
+    """Of ten rounds of 3 tensors of 16 MiB (12,288 pages of 4 KiB), only the first should fault; a model has few."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
     command = [sys.executable, "-c", STEPS]
     (without, _), (within, made) = (
@@ -671,12 +671,12 @@ print(fault() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not malloc._heap(), reason="glibc's malloc on Linux")
 def test_malloc_keeps_heap_and_uses_huge_pages():
-    """In a separate process, as what is set stays set."""
+    """In a separate process, since malloc's settings are permanent."""
     run = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     *heaps, faults = [line.split() for line in run.stdout.splitlines()]
     sizes, huge = [int(line[0]) for line in heaps], [int(line[1]) for line in heaps]
     assert heaps[0][3] == heaps[1][3] == "True"
-    # room for 640 MiB, which is asked for once and takes no memory
+    # 640 MiB are reserved once, and use no memory
     assert sizes[1] - sizes[0] == pytest.approx(malloc._ROOM, rel=0.01)
     assert sizes[1] == sizes[2] == sizes[3]
     assert int(faults[0]) < 100
@@ -684,5 +684,5 @@ def test_malloc_keeps_heap_and_uses_huge_pages():
     if offered.exists() and "[madvise]" in offered.read_text(encoding="utf-8"):
         assert [line[2] for line in heaps] == ["False", "True", "True", "True"]
         assert huge[0] == 0
-        # of 160 MiB of tensors, where the kernel finds that many
+        # out of 160 MiB of tensors, as far as the kernel has free huge pages
         assert huge[3] - huge[2] > 2**25

@@ -1,4 +1,4 @@
-"""Several processes: one that fails ends all, a restart continues bit for bit, and each sample counts once."""
+"""Several processes: a failing one ends all, a restart resumes exactly, and each sample counts once."""
 
 import json
 import os
@@ -37,13 +37,13 @@ from aezoo.training import distributed
 
 SCRIPT = Path(__file__).with_name("failing.py")
 OFF = [f"--{name}.every_n_epochs=0" for name in ("reconstructions", "samples", "traversal", "latents", "filters")]
-# no logger and no pictures: what they write is tested elsewhere, and two cores start four processes
+# without logger and pictures, which have other tests, since four processes run on two cores
 FIT = [
     "fit", "--data.name=digits", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false",
     "--projector.n=0", "--checkpoints.every_n_steps=4", *OFF,
 ]  # fmt: skip
 VAE = ["--model=vae", "--trainer.max_epochs=3"]
-# seconds: what a rank that does not answer is waited for, and within which a run must end, its start included
+# seconds: the timeout of ranks that do not answer, and the time limit of a run, including its start
 TIMEOUT, ENDS = 25, 120
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -62,7 +62,7 @@ def environment(fault):
 
 
 def run(folder, *argv, fault="", torchrun=(), ends=ENDS):
-    """The command: exit code, output, and the processes left 6 s after its end."""
+    """Run a command; returns exit code, output, and the processes left 6 s after its end."""
     folder.mkdir(exist_ok=True)
     log = folder / "log.txt"
     with log.open("w") as out:
@@ -89,7 +89,7 @@ def lines(path):
 
 
 def trace(folder, rank):
-    """What each step did, the last of several processes that did it; without the process's number."""
+    """The last line of each step, without the process id."""
     return {line["step"]: {**line, "pid": 0} for line in lines(folder / f"trace-{rank}.jsonl")}
 
 
@@ -101,7 +101,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run of two processes."""
+    """A run of two processes without failures."""
     folder = tmp_path_factory.mktemp("whole")
     code, log, left = run(folder, *FIT, *VAE)
     assert code == 0 and not left and "Warning" not in log, log
@@ -117,7 +117,7 @@ def assert_same_run(folder, whole):
         assert torch.equal(state[name], value), name
 
 
-# ---- an undisturbed run ---------------------------------------------------------------------------------------------
+# ---- run without failures --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_noise_differs_between_ranks_and_rank_zero_writes(whole):
     assert not (whole / "written.jsonl").exists(), (whole / "written.jsonl").read_text()
 
 
-# ---- the parts ------------------------------------------------------------------------------------------------------
+# ---- components ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stopped", [True, False])
@@ -192,9 +192,9 @@ def test_threads_join_before_rank_interpreter_ends(group, said):
     assert done.returncode == 0 and done.stdout == said, done.stderr
 
 
-def test_ranks_of_an_attempt_agree_on_a_name_of_their_own():
+def test_ranks_of_an_attempt_agree_on_a_unique_name():
     store, wait, names = dist.HashStore(), timedelta(seconds=20), []
-    # what processes have left that were killed before all had an answer
+    # left by processes that were killed before all had an answer
     store.set("aezoo-rank-2", "dead")
     store.set("aezoo-answer-dead", "old")
     for _ in range(3):
@@ -237,11 +237,11 @@ def test_position_within_epoch_needs_equal_process_count():
         data.load_state_dict({"epoch": 1, "batches": 3, "world": 2})
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 class Layout(Callback):
-    """Leaves the weights of a fit in a file, and how weights and gradients lay."""
+    """Saves the final weights, and the memory layout of weights and gradients."""
 
     def __init__(self, folder):
         self.folder, self.last = folder, []
@@ -259,7 +259,7 @@ class Layout(Callback):
 
 
 class Halves(DataLoader):
-    """Of each batch, a rank has its share."""
+    """Each rank has half of each batch."""
 
     def __iter__(self):
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -306,7 +306,7 @@ def test_spellings_of_ddp_are_accepted(name, monkeypatch):
     trainer_settings.check({"strategy": name})
 
 
-# ---- a rank that fails ----------------------------------------------------------------------------------------------
+# ---- a rank that fails -----------------------------------------------------------------------------------------------
 
 
 def count(case, **counts):
@@ -314,7 +314,7 @@ def count(case, **counts):
 
 
 def end_of(folder, rank, kind, *more, **options):
-    """Let a rank fail after 10 steps, in the middle of an epoch of 6, and look at what is left."""
+    """Let a rank fail after 10 steps, in the middle of an epoch of 6, and check the remaining processes and files."""
     code, log, left = run(folder, *FIT, *VAE, f"--rank_timeout={TIMEOUT}", *more, fault=f"{rank}:10:{kind}", **options)
     assert code != 0, log
     assert not left, f"left behind: {left}\n{log}"
@@ -324,7 +324,7 @@ def end_of(folder, rank, kind, *more, **options):
     return log
 
 
-# a rank that raises also fails in the test of another number of processes, a frozen one in that of torchrun's restart
+# other tests also cover a raising rank (another number of processes) and a frozen one (restart by torchrun)
 FAILURES = [("kill", 0)]
 OTHERS = [("freeze", 1), ("raise", 0), ("raise", 1), ("kill", 1), ("freeze", 0)] if promises.is_recording() else []
 
@@ -333,7 +333,7 @@ OTHERS = [("freeze", 1), ("raise", 0), ("raise", 1), ("kill", 1), ("freeze", 0)]
 @pytest.mark.parametrize(("kind", "rank"), [*FAILURES, *OTHERS])
 def test_failed_rank_ends_run_and_resume_is_exact(tmp_path, whole, rank, kind):
     log = end_of(tmp_path, rank, kind)
-    # its own error comes last, not what becomes of the other rank
+    # the last error is its own, not that of the other rank
     assert kind != "raise" or log.rstrip().endswith("RuntimeError: the rank that raises"), log
     assert not [*tmp_path.rglob(".rank-*")]
     code, log, _ = run(tmp_path, *FIT, *VAE, "--resume=auto")
@@ -361,7 +361,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_killed_agent_comes_back_and_run_resumes_exactly(tmp_path, whole):
+def test_restarted_agent_resumes_run_exactly(tmp_path, whole):
     meet = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-id=run",
             "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]  # fmt: skip
     fit = [*FIT, *VAE, "--trainer.devices=1", "--trainer.num_nodes=2", "--resume=auto", f"--rank_timeout={TIMEOUT}"]
@@ -379,9 +379,9 @@ def test_killed_agent_comes_back_and_run_resumes_exactly(tmp_path, whole):
 
     try:
         first, second = agent(1), agent(0)
-        # the agents' places in the group follow their addresses and process numbers
+        # the order of agents depends on their addresses and process ids
         assert second.wait(ENDS) == -signal.SIGKILL and first.poll() is None
-        # only when the other worker has failed, too: then the agents count different numbers of restarts
+        # after the other worker has failed, too: the agents then count different numbers of restarts
         limit = time.monotonic() + ENDS
         while [*processes(tmp_path)] != [first.pid] and time.monotonic() < limit:
             time.sleep(0.1)
@@ -417,13 +417,13 @@ def test_machines_without_a_shared_folder_are_refused(tmp_path, monkeypatch, sha
     assert not [*tmp_path.iterdir()]
 
 
-# ---- each sample once -----------------------------------------------------------------------------------------------
+# ---- each sample counts once -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_uneven_shards_finish_and_count_samples_once(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    # a rank without a sample, also during the fit; and ranks with several batches each
+    # one rank without validation samples; several test batches per rank
     n_val, n_test = 1, 15
     np.savez(tmp_path / "data.npz", x=rng.random((63, 6)), x_val=rng.random((n_val, 6)), x_test=rng.random((n_test, 6)))
     model = ["--model=dense_ae", "--data.name=data.npz", "--data.batch_size=4", "--trainer.max_epochs=2"]
@@ -431,7 +431,7 @@ def test_uneven_shards_finish_and_count_samples_once(tmp_path, monkeypatch):
     assert code == 0 and not left, log
     steps = trace(tmp_path, 0)
     assert [line["n"] for line in steps.values()] == [line["n"] for line in trace(tmp_path, 1).values()]
-    # the fit validates after each epoch, and tests its best weights in the end
+    # the fit validates after each epoch, and tests the best weights at the end
     figures = lines(tmp_path / "figures.jsonl")
     assert len(figures) == 3
     (best,) = tmp_path.glob("runs/*/0/checkpoints/best-*.ckpt")
@@ -446,13 +446,13 @@ def test_uneven_shards_finish_and_count_samples_once(tmp_path, monkeypatch):
             assert of_two[name] == pytest.approx(value, rel=1e-6), name
 
 
-# ---- another number of processes ------------------------------------------------------------------------------------
+# ---- another number of processes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_other_process_count_resumes_only_between_epochs(tmp_path, whole, monkeypatch, capsys):
     alone = ["fit", *VAE, "--trainer.devices=1"]
-    # a copy: a resumed run writes to the folder of its checkpoint, and other tests compare theirs with `whole`
+    # a copy, since resuming writes to the folder of the checkpoint, and other tests use `whole`
     (checkpoints,) = Path(shutil.copytree(whole, tmp_path / "end")).glob("runs/*/0/checkpoints")
     monkeypatch.chdir(tmp_path / "end")
     main([*alone, f"--ckpt_path={checkpoints}/last.ckpt", "--trainer.max_epochs=4"])

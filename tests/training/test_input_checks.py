@@ -1,4 +1,4 @@
-"""What a model is given by mistake is answered in one line; what works, works as before."""
+"""Invalid inputs of models are refused with one line; valid ones work."""
 
 import math
 import warnings
@@ -70,7 +70,7 @@ def test_decode_checks_code_shape():
 
 
 def test_valid_input_check_does_not_read_parameters(monkeypatch):
-    """To find the first of them takes as long as a small layer."""
+    """Iterating over parameters takes as long as a small layer."""
     model, asked = aezoo.create_model("dense_ae", (30,)).eval(), []
     monkeypatch.setattr(model, "parameters", lambda: asked.append(1) or iter(()))
     model.score(torch.rand(1, 30))
@@ -89,7 +89,7 @@ def test_model_errors_are_not_replaced():
 
 def test_model_accepts_inputs_of_its_precision():
     assert model().double().eval().encode(X.double()).dtype == torch.float64
-    with torch.autocast("cpu", torch.bfloat16):  # and a narrow one what autocast makes of its inputs
+    with torch.autocast("cpu", torch.bfloat16):  # a float32 model takes inputs that autocast has converted
         assert model().eval().encode(X.bfloat16()).dtype == torch.bfloat16
 
 
@@ -102,7 +102,7 @@ def test_input_dtype_must_match_weights(method, dtype):
 
 
 @pytest.mark.parametrize("n", [-1, 2.5, "3", None])
-@pytest.mark.parametrize("name", ["vae", "conditional_vae"])  # the second has its `sample` from a class beside
+@pytest.mark.parametrize("name", ["vae", "conditional_vae"])  # the second inherits `sample` from another base
 def test_invalid_sample_counts_are_refused(n, name):
     with pytest.raises(AezooError, match=r"sample takes a whole number of samples, at least 0, got"):
         model(name).sample(n)
@@ -199,11 +199,11 @@ def test_integer_input_shape_suggests_tuple():
         aezoo.create_model("vae", 784)
 
 
-# ---- models that set less than others --------------------------------------------------------------------------------
+# ---- models with few attributes --------------------------------------------------------------------------------------
 
 
 class Methods(aezoo.Autoencoder):
-    """Writes encode and decode, and sets neither encoder, decoder nor code_shape."""
+    """Defines encode and decode, and sets neither encoder, decoder nor code_shape."""
 
     def __init__(self, input_shape: tuple[int, ...], *, width: int = 3) -> None:
         super().__init__(input_shape)
@@ -224,7 +224,7 @@ class Methods(aezoo.Autoencoder):
 
 
 class Parts(aezoo.Autoencoder):
-    """Sets an encoder, and sets or writes nothing that decodes."""
+    """Sets an encoder, and neither sets nor defines a decoder."""
 
     def __init__(self, input_shape: tuple[int, ...]) -> None:
         super().__init__(input_shape)

@@ -1,4 +1,4 @@
-"""Processes that a command has launched end with it, from their first line on."""
+"""Processes launched by a command end with it, even if it is killed while they start."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def test_launched_process_ends_when_its_launcher_is_killed(tmp_path, command, af
             time.sleep(0.01)
         time.sleep(after if found else 0)
         process.kill()
-    assert found, "nothing was launched"
+    assert found, "no process was launched"
     end = time.monotonic() + 10
     while any(map(is_running, found)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -75,5 +75,5 @@ def test_process_whose_launcher_has_gone_does_not_start():
     assert ended(gone).returncode == -signal.SIGKILL
     assert ended({"LOCAL_RANK": "1", "AEZOO_LAUNCHER": "999999999"}).returncode == -signal.SIGKILL
     assert ended({launcher.TRIAL: "1", "AEZOO_LAUNCHER": str(os.getpid())}).stdout == "goes on\n"
-    # a command that nobody launched, in the environment of one that was
+    # a command that was not launched, in the environment of a launched one
     assert ended({"AEZOO_LAUNCHER": "999999999"}).stdout == "goes on\n"

@@ -1,4 +1,4 @@
-"""Optimisers by name, and learning rates as a real Trainer applies them, against torch's own schedulers."""
+"""Optimisers by name, and learning rates in a real Trainer compared with torch's schedulers."""
 
 import math
 from typing import Any
@@ -35,7 +35,7 @@ class Rates(pl.Callback):
 def rates(
     loader: Any = None, settings: dict[str, Any] | None = None, callbacks: tuple[Any, ...] = (), **hyperparameters: Any
 ) -> list[float]:
-    """Train linear_ae on 10 batches an epoch; the rate of every step."""
+    """Train linear_ae with 10 batches per epoch; returns the learning rate of every step."""
     model = aezoo.create_model("linear_ae", input_shape=(3,), latent_dim=1, lr=LR, **hyperparameters)
     callback = Rates()
     trainer = quiet_trainer(**{"callbacks": [callback, *callbacks], **(settings or {"max_epochs": 2})})
@@ -73,7 +73,7 @@ def test_learning_rate_follows_named_schedule(name: str, warmup: int) -> None:
     assert found == pytest.approx(expected(name, 20, warmup), rel=1e-6)
     assert max(found) == pytest.approx(LR)
     if warmup:
-        assert found[0] == pytest.approx(LR / 6)  # not 0: the first step counts
+        assert found[0] == pytest.approx(LR / 6)  # not 0, so that the first step has an effect
     if name == "cosine":
         assert found[-1] < 0.02 * LR
 
@@ -81,7 +81,7 @@ def test_learning_rate_follows_named_schedule(name: str, warmup: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"max_epochs": 2, "accumulate_grad_batches": 4}, 6),  # the rest of an epoch is a step as well
+        ({"max_epochs": 2, "accumulate_grad_batches": 4}, 6),  # the last batches of an epoch are a step as well
         ({"max_epochs": 2, "accumulate_grad_batches": 5}, 4),
         ({"max_steps": 13, "max_epochs": -1}, 13),
         ({"max_steps": 13}, 13),
@@ -110,7 +110,7 @@ def test_the_schedule_ends_with_the_training(settings: dict[str, Any], steps: in
 def test_schedule_ends_with_changing_accumulation(
     scheduling: dict[int, int], settings: dict[str, Any], steps: int
 ) -> None:
-    """Counted by the batches of a step in the present epoch only, it would be over with half of the steps to go."""
+    """With the accumulation of the current epoch alone, the schedule would end after half of the steps."""
     found = rates(settings=settings, callbacks=(GradientAccumulationScheduler(scheduling),), lr_schedule="cosine")
     assert found == pytest.approx(expected("cosine", steps), rel=1e-6)
 
@@ -164,7 +164,7 @@ def test_optimizers_are_torch_classes_and_lower_loss(name: str) -> None:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_gradients_are_clipped_at_any_precision(precision: str) -> None:
-    """Lightning refuses to clip for fused optimisers where there could be a gradient scaler."""
+    """Lightning refuses to clip with fused optimisers if there could be a gradient scaler."""
     found = rates(settings={"max_epochs": 1, "gradient_clip_val": 0.1, "precision": precision})
     assert len(found) == 10
 
@@ -194,7 +194,7 @@ def test_optimizer_settings_match_torch(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["adam:beta1=0.5,beta2=0.9", "adamw:beta1=0,eps=1e-3", "adamax:beta2=0.5"])
 def test_fit_with_optimizer_settings_matches_torch(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop calls kernels by itself, with what it finds in the groups."""
+    """The loop calls kernels itself, with the settings of the parameter groups."""
     name, _, rest = text.partition(":")
     given = {key: float(value) for key, value in (part.split("=") for part in rest.split(","))}
     x, ends = torch.rand(40, 3), []
@@ -265,7 +265,7 @@ def test_custom_parameter_groups_are_kept() -> None:
 
 
 def test_restored_moments_take_the_layout_of_their_parameters():
-    """A fused kernel reads parameter and moments as one run of numbers each: with two layouts they would not match."""
+    """A fused kernel reads parameters and moments in memory order, so their layouts must be equal."""
     weight = torch.nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last))
     optimizer = torch.optim.Adam([weight])
     weight.grad = torch.randn_like(weight)
@@ -297,7 +297,7 @@ def test_fused_kernel_matches_plain_steps(name: str, memory_format: torch.memory
     for fused in (True, False):
         weights = [torch.nn.Parameter(torch.linspace(-1, 1, 54).view(2, 3, 3, 3)), torch.nn.Parameter(torch.ones(5))]
         optimizer = build(f"{name}:eps=1e-3" if name != "sgd" else name, weights, 0.1, 0.01, fused=fused)
-        # as a fit does it: after the optimiser is there
+        # the layout changes after the optimiser is created, as in a fit
         weights[0].data = weights[0].data.contiguous(memory_format=memory_format)
         align(optimizer)
         for step in range(5):

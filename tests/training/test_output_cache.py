@@ -1,4 +1,4 @@
-"""What an evaluation needs twice is computed once, and gives the same figures."""
+"""Outputs that an evaluation needs twice are computed once, with the same results."""
 
 import lightning.pytorch as pl
 import pytest
@@ -13,7 +13,7 @@ from aezoo.training.output_cache import OutputCache
 
 
 def counting(network: nn.Module) -> list[Tensor]:
-    """The inputs that a network's first layer gets from here on."""
+    """The inputs that a network's first layer receives from now on."""
     seen: list[Tensor] = []
     next(part for part in network.modules() if not [*part.children()]).register_forward_pre_hook(
         lambda _, args: seen.append(args[0])
@@ -23,7 +23,7 @@ def counting(network: nn.Module) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # pictures go there
+    monkeypatch.chdir(tmp_path)  # pictures are written there
 
 
 def evaluate(model: pl.LightningModule) -> dict[str, float]:
@@ -39,7 +39,7 @@ def test_evaluation_encodes_each_batch_once(name, decoded):
     model.importance_samples = 1
     encoded, codes = counting(model.encoder), counting(model.decoder)
     evaluate(model)
-    # two batches; importance samples of a VAE are decoded, too
+    # two batches; the VAE also decodes importance samples
     assert len(encoded) == 2 and len(codes) == 2 * (decoded + (name == "vae"))
 
 

@@ -1,4 +1,4 @@
-"""The private names of libraries: each is there, each is used, and no other is."""
+"""The listed private names of libraries exist and are used, and no others are used."""
 
 import json
 import subprocess

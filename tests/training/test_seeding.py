@@ -1,4 +1,4 @@
-"""Seeds made of numbers, and noise that depends on (seed, rank, epoch, batch) only."""
+"""Seeds derived from numbers, and noise that depends on (seed, rank, epoch, batch) only."""
 
 import random
 
@@ -22,7 +22,7 @@ def test_mix_is_a_function_with_few_collisions():
     assert seeds == [mix(*each) for each in numbers]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    # torch's CPU generator takes the lower half; of so many random ones about half a pair would be equal
+    # torch's CPU generator uses the lower half; of so many random values, about 0.5 pairs would be equal
     assert len({seed % 2**32 for seed in seeds}) > len(seeds) - 5
 
 
@@ -45,7 +45,7 @@ def test_mix_has_avalanche_property():
             changed = list(numbers)
             changed[place] ^= 1 << rng.randrange(40)
             moved.append((mix(*numbers) ^ mix(*changed)).bit_count())
-        # 63 bits: mean 31.5, standard error of 200 means 0.28; the last number gets one round only
+        # 63 bits: mean 31.5, standard error of 200 means 0.28; the last number is mixed for one round only
         assert 20 < sum(moved) / len(moved) < 40, place
 
 
@@ -65,12 +65,12 @@ def test_seed_all_seeds_torch_and_optionally_others(others):
     assert draws()[0] != one[0]
 
 
-def test_seed_all_is_torch_s_own_seeding():
+def test_seed_all_equals_torch_manual_seed():
     seed_all(7, CPU)
     one = torch.rand(4)
     torch.manual_seed(7)
     assert torch.equal(one, torch.rand(4))
-    seed_all(2**63 - 1, CPU)  # NumPy takes 32 bits
+    seed_all(2**63 - 1, CPU)  # NumPy seeds have 32 bits
     np.random.seed((2**63 - 1) % 2**32)
 
 
@@ -88,7 +88,7 @@ def test_forked_rng_leaves_no_trace_even_after_an_error():
 
 
 class Noise(aezoo.model_class("vae")):
-    """Writes down what it draws in each training step."""
+    """Records the noise of each training step."""
 
     def loss(self, x, y=None):
         if self.training:
@@ -98,7 +98,7 @@ class Noise(aezoo.model_class("vae")):
 
 
 class Disturb(pl.Callback):
-    """Draws and seeds between the steps."""
+    """Draws random numbers and sets seeds between steps."""
 
     def on_train_batch_end(self, *args):
         torch.manual_seed(4)
@@ -125,7 +125,7 @@ def test_noise_is_a_function_of_step_epoch_and_rank():
     assert len(first) == len(set(first)) == 15
     assert drawn() == first
     assert drawn(Disturb()) == first
-    # neither validation nor its absence moves it
+    # validation does not change it
     assert drawn(limit_val_batches=0) == first
     assert drawn(num_sanity_val_steps=0, check_val_every_n_epoch=2) == first
     assert not set(drawn(seed=1)) & set(first)

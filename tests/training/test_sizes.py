@@ -1,4 +1,4 @@
-"""One model for samples of any size: the same weights, other grids, and one line where that cannot be."""
+"""A model at other sample sizes: the same weights, other grids, and an error in one line if not possible."""
 
 import copy
 
@@ -16,10 +16,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-def test_another_size_gives_what_the_same_convolutions_give():
+def test_another_size_equals_plain_convolutions():
     model = aezoo.create_model("conv_ae", (1, 8, 8), **MAP).eval()
     x = torch.rand(2, 1, 24, 40)
-    z = model.encoder(x)  # plain convolutions, which know no size
+    z = model.encoder(x)  # plain convolutions, which accept any size
     assert torch.equal(model.encode(x), z)
     assert torch.equal(model(x), model.likelihood.mean(model.decoder(z)))
     assert torch.equal(model.decode(z), model(x))
@@ -27,7 +27,7 @@ def test_another_size_gives_what_the_same_convolutions_give():
 
 
 @pytest.mark.parametrize("size", [(23, 41), (1, 1), (9, 2)])
-def test_sides_that_strides_do_not_divide_come_back_exactly(size):
+def test_sides_not_divisible_by_strides_are_restored(size):
     model = aezoo.create_model("mean_scale_hyperprior", (3, 8, 8), hidden_dims=(4, 4), latent_dim=2).eval()
     x = torch.rand(1, 3, *size)
     z = model.encode(x)
@@ -60,7 +60,7 @@ def test_random_states_do_not_change():
         pytest.param("diffusers_ae", {}, "use sides that are multiples of 2", marks=pytest.mark.slow),
     ],
 )
-def test_what_takes_one_size_refuses_others_in_one_line(name, settings, said):
+def test_fixed_size_models_refuse_other_sizes_in_one_line(name, settings, said):
     model = aezoo.create_model(name, (1, 8, 8), **settings).eval()
     with pytest.raises(AezooError, match=said) as refused:
         model(torch.rand(1, 1, 9, 8))
@@ -86,7 +86,7 @@ def test_other_channels_are_refused_as_before():
         model(torch.rand(1, 3, 16, 16))
 
 
-def test_training_one_trains_the_other():
+def test_models_of_two_sizes_share_trained_weights():
     model = aezoo.create_model("conv_ae", (1, 8, 8), **MAP)
     sized, x = aezoo.at_size(model, (16, 12)), torch.rand(4, 1, 16, 12)
     before = copy.deepcopy(model.state_dict())

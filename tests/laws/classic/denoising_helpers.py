@@ -1,4 +1,4 @@
-"""Laws of the deterministic models: principal components, Wiener filter, score of the noisy density, Jacobian."""
+"""Helpers of the laws of the denoising autoencoders."""
 
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ import aezoo
 
 
 class RecordingNoise(nn.Module):
-    """A corruption that keeps the noise it adds, by the model's mode."""
+    """A corruption that records the noise it adds, separately for training and evaluation."""
 
     def __init__(self, model: aezoo.Autoencoder) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class RecordingNoise(nn.Module):
 
 
 def noise_law(model: aezoo.Autoencoder, quiet: Any) -> None:
-    """Evaluation is corrupted too, by the same noise at every epoch; each training batch by new noise."""
+    """Evaluation adds the same noise in every epoch, training adds new noise to every batch."""
     loader = DataLoader(torch.rand(12, 1, 4, 4), batch_size=6)
     model.corruption = RecordingNoise(model)
     seen = model.corruption.seen

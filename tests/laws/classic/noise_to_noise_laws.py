@@ -1,4 +1,4 @@
-"""Laws of the denoisers that differ in what they learn from: clean samples, pairs of noisy ones, single noisy ones."""
+"""Laws of the denoisers that are trained on clean samples, pairs of noisy samples or single noisy samples."""
 
 import math
 from typing import Any
@@ -75,21 +75,21 @@ def positive(n: int) -> Tensor:
 
 
 def wiener(x: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor]:
-    """The best linear map of y to x, as y @ matrix + offset, where the noise has that variance in each value."""
+    """The best linear map of y to x, as y @ matrix + offset, for noise of the given variance in each value."""
     S, mean = torch.cov(x[..., 0].T), x[..., 0].mean(0)
     matrix = torch.linalg.solve(S + torch.diag(noise_variance), S)
     return matrix, mean - mean @ matrix
 
 
 def noise_variance(kind: str, x: Tensor) -> Tensor:
-    """Of each value, averaged over x: s^2, or of counts x / peak."""
+    """The noise variance of each value, averaged over x: s^2, or x / peak for Poisson noise."""
     name, amount = kind.split(":")
     mean = x[..., 0].mean(0)
     return float(amount) ** 2 + 0 * mean if name == "gaussian" else mean / float(amount)
 
 
 def best_linear_law(model: Any, kind: str, x: Tensor) -> None:
-    """The minimiser is that of clean targets: the Wiener filter."""
+    """The fitted model is that for clean targets, the Wiener filter."""
     matrix, offset = fitted(model, x)
     best, best_offset = wiener(x, noise_variance(kind, x))
     torch.testing.assert_close(matrix, best, rtol=0, atol=0.03)
@@ -97,7 +97,7 @@ def best_linear_law(model: Any, kind: str, x: Tensor) -> None:
     assert (matrix - torch.eye(DIMS)).abs().max() > 0.1
 
 
-# ---- all three -------------------------------------------------------------------------------------------------------
+# ---- all three models ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Laws of the memory autoencoder, of semantic hashing and of the stacked denoising autoencoder."""
+"""Helpers of the laws of the memory autoencoder, of semantic hashing and of the stacked denoising autoencoder."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Laws of Contractive autoencoder (Rifai et al. 2011)."""
+"""Laws of the contractive autoencoder (Rifai et al. 2011)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_contractive_penalty_matches_autograd_jacobian(shift: bool, training: bo
     torch.testing.assert_close(model.jacobian_norm(model.encode(x)), truth, rtol=1e-9, atol=0)
     torch.testing.assert_close(terms["jacobian"], truth.mean(), rtol=1e-9, atol=0)
     torch.testing.assert_close(terms["loss"], model.score(x).mean() + 0.7 * truth.mean())
-    # ports that pylearn2 #90 and #142 report: the mean over units, the sum before the square
+    # mistakes reported in pylearn2 #90 and #142: a mean over units, a sum before the square
     h, W = model.encode(x), model.encoder[1].weight
     assert ((h * (1 - h)).square() * W.square().sum(1)).mean(1).sub(truth).abs().min() > 1e-3
     assert (((h * (1 - h)) @ W.square().sum(1)).square() - truth).abs().min() > 1e-3
@@ -77,17 +77,17 @@ def test_contractive_outputs_start_at_first_batch_mean(data_init: bool, shifted:
 def test_data_init_avoids_constant_outputs_of_small_codes(
     tied: bool, adam: Callable[..., float], mnist5k: Tensor
 ) -> None:
-    """Without a start at the mean all units of free weights saturate alike, and every output is the mean image."""
-    x, said = mnist5k[:1280].float(), {}
+    """Without data_init all units of an untied model saturate in the same way, and every output is the mean image."""
+    x, variances = mnist5k[:1280].float(), {}
     for data_init in (False, True):
         torch.manual_seed(0)
         model = aezoo.create_model("contractive_ae", (1, 28, 28), latent_dim=8, data_init=data_init, tied=tied)
         model.begin_step(x[:128], 0)
         adam(model, x, 300, 3e-3, 128)
         with torch.no_grad():
-            said[data_init] = float(model(x).var(0).mean() / x.var(0).mean())
-    assert said[True] > 0.01 and said[True] > (1.2 if tied else 10) * said[False]
-    assert (said[False] > 0.01) == tied
+            variances[data_init] = float(model(x).var(0).mean() / x.var(0).mean())
+    assert variances[True] > 0.01 and variances[True] > (1.2 if tied else 10) * variances[False]
+    assert (variances[False] > 0.01) == tied
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -112,7 +112,7 @@ def test_tied_decoder_shares_encoder_weights(shifted: Any, tmp_path: Path) -> No
     down, up = torch.autograd.grad(expected["loss"], (free.encoder[1].weight, free.decoder[0].weight))
     (tied,) = torch.autograd.grad(found["loss"], W)
     torch.testing.assert_close(tied, down + up.T)
-    # once they are saved and loaded, too
+    # also after saving and loading
     loaded = aezoo.load_model(save_model(model, tmp_path / "saved")).double()
     assert loaded.decoder[0].weight is loaded.encoder[1].weight
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
@@ -120,7 +120,7 @@ def test_tied_decoder_shares_encoder_weights(shifted: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_prevent_evading_contraction(tied: bool) -> None:
-    """The encoder times 0.01 and the decoder divided by it: nearly the same reconstruction, for no penalty."""
+    """With free weights, scaling the encoder by 0.01 and the decoder by 100 keeps the NLL and removes the penalty."""
     model, x = contractive(tied=tied), torch.rand(50, 2, 3, 4, dtype=torch.float64)
     (_, down, _), (up, _) = model.encoder, model.decoder
     with torch.no_grad():

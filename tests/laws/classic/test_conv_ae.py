@@ -1,4 +1,4 @@
-"""Laws of the convolutional autoencoder: its convolutions written out, and what follows from them."""
+"""Laws of the convolutional autoencoder: torch's convolutions, equivariance, receptive field."""
 
 from typing import Any
 
@@ -44,10 +44,10 @@ def test_code_map_is_translation_equivariant(shifted: Any) -> None:
     assert (moved[:, :, 3:-2] - z[:, :, 3:-2]).abs().max() > 1e-3
 
 
-def test_code_position_reads_its_receptive_field_only(shifted: Any) -> None:
+def test_code_position_depends_on_its_receptive_field_only(shifted: Any) -> None:
     model, x = small(shifted), images(1).requires_grad_()
     (gradient,) = torch.autograd.grad(model.encode(x)[0, :, 4, 4].sum(), x)
-    # of two kernels of 3 with stride 2: 7 pixels, from 4 * 4 - 3 on
+    # two kernels of 3 with stride 2 cover 7 pixels, from 4 * 4 - 3
     inside = gradient[0, :, 13:20, 13:20]
     assert inside.abs().sum() > 0
     torch.testing.assert_close(inside.abs().sum(), gradient.abs().sum())

@@ -1,4 +1,4 @@
-"""Laws of Denoising autoencoder (Vincent et al. 2008)."""
+"""Laws of the denoising autoencoder (Vincent et al. 2008)."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def test_linear_denoiser_matches_wiener_filter() -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=120, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        torch.manual_seed(5)  # one draw of the noise, so that the optimum of this very sample is known as well
+        torch.manual_seed(5)  # the same noise in each call, so that the optimum for it is known
         optimizer.zero_grad()
         loss = model.loss(x)["loss"]
         loss.backward()
@@ -66,7 +66,7 @@ def test_linear_denoiser_matches_wiener_filter() -> None:
 
 
 def mixture(std: float) -> torch.distributions.MixtureSameFamily:
-    """Three Gaussians in the plane, each blurred by noise of that deviation."""
+    """A mixture of three Gaussians in the plane, with added noise of this standard deviation."""
     means = torch.tensor([[-1.5, 0.0], [1.2, 0.8], [0.3, -1.4]])
     scales = torch.tensor([[0.3, 0.5], [0.4, 0.25], [0.5, 0.3]])
     parts = torch.distributions.Independent(torch.distributions.Normal(means, (scales**2 + std**2).sqrt()), 1)
@@ -93,7 +93,7 @@ def test_nonlinear_denoiser_finds_score_of_noisy_density() -> None:
         found = (model(noisy) - noisy) / std**2
     error = ((found - score) ** 2).mean() / (score**2).mean()
     assert error < 0.01
-    # the score of the clean density, or a slip in the factor, would not pass
+    # which is not the score of the clean density
     (clean,) = torch.autograd.grad(mixture(0).log_prob(noisy).sum(), noisy)
     assert ((found - clean) ** 2).mean() / (clean**2).mean() > 0.1
 
@@ -101,7 +101,7 @@ def test_nonlinear_denoiser_finds_score_of_noisy_density() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("corruption", ["gaussian:0.3", "masking:0.4", "salt_and_pepper:0.3"])
 def test_clean_sample_is_predicted_from_corrupted_one(corruption: str, training: bool, shifted: Any) -> None:
-    """A cross-entropy of the clean values, summed over them, with the code of the very sample that was corrupted."""
+    """The loss is the cross-entropy of the clean values, summed over them, with the code of the corrupted sample."""
     model = shifted(DenoisingAE((2, 3, 5), corruption=corruption, latent_dim=4, hidden_dims=(16,))).double()
     x = torch.rand(6, 2, 3, 5, dtype=torch.float64)
     torch.manual_seed(3)
@@ -139,7 +139,7 @@ def test_noise_is_fixed_in_evaluation_fresh_in_training(quiet: Any) -> None:
 
 
 class Encdr(DenoisingAE):
-    """Validates on clean input, as the library of that name does."""
+    """Validates on clean input, like the library encdr."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         if self.training:

@@ -1,4 +1,4 @@
-"""Laws of the dense autoencoder: the network written out, and the linear model it contains."""
+"""Laws of the dense autoencoder: the network as matrix products, code activation, initial weights, linear limit."""
 
 from itertools import pairwise
 from typing import Any

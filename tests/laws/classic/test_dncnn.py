@@ -1,7 +1,7 @@
-"""Laws of DnCNN, residual denoising network (Zhang et al. 2016).
+"""Laws of DnCNN, a residual denoising network (Zhang et al. 2016).
 
 The parity with deepinv is in tests/parity. The model was also compared with the authors' code, in float64 on equal
-weights, batch and noise. Differences are relative to the greatest value, those of gradients by the worst parameter.
+weights, batch and noise. Differences are relative to the largest value, for gradients the largest of all parameters.
 
     https://github.com/cszn/KAIR, commit fc1732f4a4514e42ce15e5b3a1e18c828af47a1e
         models/network_dncnn.py, DnCNN with act_mode R                x_hat 0
@@ -46,8 +46,8 @@ from aezoo.models.classic.noise2void import Noise2Void
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
 
-def noise_free(model: Any, y: Tensor) -> Tensor:
-    """The network's own output before anything is subtracted, from its layers."""
+def network_output(model: Any, y: Tensor) -> Tensor:
+    """The output of the network's layers, which a residual model subtracts from y."""
     return model.decoder.last(model.encoder.layers(y))
 
 
@@ -55,12 +55,12 @@ def noise_free(model: Any, y: Tensor) -> Tensor:
 
 
 def residual_law(model: Any, x: Tensor) -> None:
-    """The loss is ||R(y) - v||^2 summed over values, with the noise v that was drawn, and so are its gradients."""
+    """The loss and its gradients are those of ||R(y) - v||^2, summed over values, for the drawn noise v."""
     torch.manual_seed(7)
     v = model.sigma * torch.randn_like(x)
     torch.manual_seed(7)
     terms = model.loss(x)
-    R = noise_free(model, x + v)
+    R = network_output(model, x + v)
     paper = ((R - v) ** 2).flatten(1).sum(1).mean()
     torch.testing.assert_close(terms["loss"], paper + x[0].numel() / 2 * LOG_PI)
     own = [*model.encoder.parameters(), *model.decoder.parameters()]
@@ -79,23 +79,23 @@ def test_residual_form_equals_input_minus_noise(shifted: Any) -> None:
     residual_law(shifted(with_sigma(DnCNN)), x)
     residual_law(shifted(with_sigma(DnCNN, sigma=0.7)), x)
     model = shifted(with_sigma(DnCNN))
-    torch.testing.assert_close(model(x), x - noise_free(model, x))
+    torch.testing.assert_close(model(x), x - network_output(model, x))
     direct = with_sigma(DnCNN, residual=False)
     direct.load_state_dict(model.state_dict())
-    torch.testing.assert_close(direct(x), noise_free(model, x))
+    torch.testing.assert_close(direct(x), network_output(model, x))
 
 
-class Adds(DnCNN):
-    """Adds the noise that it predicts."""
+class AddsPredictedNoise(DnCNN):
+    """Adds the predicted noise instead of subtracting it."""
 
     def decode(self, z: Tensor) -> Tensor:
         return 2 * z[:, : self.decoder.channels] - self.decoder(z)
 
 
 def test_wrong_residual_sign_is_detected(shifted: Any) -> None:
-    x, model = torch.rand(4, 2, 6, 7, dtype=torch.float64), shifted(with_sigma(Adds))
+    x, model = torch.rand(4, 2, 6, 7, dtype=torch.float64), shifted(with_sigma(AddsPredictedNoise))
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(model(x), x - noise_free(model, x))
+        torch.testing.assert_close(model(x), x - network_output(model, x))
     with pytest.raises(AssertionError):
         residual_law(shifted(with_sigma(DnCNN, residual=False)), x)
 
@@ -104,7 +104,7 @@ def test_denoiser_takes_any_size_with_local_receptive_field() -> None:
     large, little = small(DnCNN, (1, 30, 25)).eval(), small(DnCNN, (1, 14, 12)).eval()
     little.load_state_dict(large.state_dict())
     x = torch.rand(2, 1, 30, 25)
-    # three convolutions see three pixels away
+    # the receptive field of three convolutions reaches three pixels to each side
     inside = large(x)[..., 8:16, 9:15]
     torch.testing.assert_close(little(x[..., 5:19, 6:18])[..., 3:11, 3:9], inside)
     with pytest.raises(AssertionError):
@@ -132,7 +132,7 @@ def test_linear_dncnn_matches_wiener_filter(residual: bool) -> None:
     best_linear_law(linear(DnCNN, sigma=0.4, residual=residual), "gaussian:0.4", positive(SAMPLES))
 
 
-# ---- all three -------------------------------------------------------------------------------------------------------
+# ---- all three models ------------------------------------------------------------------------------------------------
 
 
 def test_shapes_without_neighbours_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Laws of Isometric autoencoder, I-AE (Gropp et al. 2020)."""
+"""Laws of the isometric autoencoder, I-AE (Gropp et al. 2020)."""
 
 import math
 import warnings
@@ -29,7 +29,7 @@ from aezoo.testing import SharedNoise
 
 
 def jacobians(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Of each sample by autograd, one by one: (B, ...) -> (B, outputs, inputs)."""
+    """The Jacobian of each sample by autograd, one by one: (B, ...) -> (B, outputs, inputs)."""
     found = [torch.autograd.functional.jacobian(lambda v: f(v[None])[0].flatten(), row) for row in at]
     return torch.stack([j.flatten(1) for j in found])
 
@@ -69,7 +69,7 @@ def test_jacobian_products_match_autograd(settings: dict[str, Any], shifted: Any
     torch.testing.assert_close(model.iso(z, u), (length - 1) ** 2, rtol=1e-8, atol=1e-11)
     back = torch.einsum("bdx,bd->bx", jacobians(model.encoder, x), u).norm(dim=1)
     torch.testing.assert_close(model.piso(x, u), (back - 1) ** 2, rtol=1e-8, atol=1e-11)
-    # slips: the logits' Jacobian for the reconstruction's, and the other product with the encoder's
+    # the Jacobian of the logits would give another result
     if settings.get("likelihood") != "gaussian":
         assert (push(u) - torch.einsum("bxd,bd->bx", jacobians(model.decoder, z), u)).abs().max() > 1e-3
 
@@ -79,7 +79,7 @@ def test_jacobian_products_match_forward_mode(shifted: Any) -> None:
     model, u = small("isometric_ae", shifted), directions()
     z = model.encoder(images()).detach()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 scripts its rules
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13 uses the deprecated torch.jit.script
         expected = torch.func.jvp(lambda v: model.decode(v).flatten(1), (z,), (u,))[1]
     torch.testing.assert_close(model.linearised(z)[0](u), expected, rtol=1e-10, atol=1e-13)
 
@@ -95,7 +95,7 @@ def test_scaled_isometry_has_closed_form_penalty(scale: float, shifted: Any) -> 
 
 
 def test_encoder_term_is_zero_only_for_pseudo_inverse(shifted: Any) -> None:
-    """An encoder that inverts the decoder on its image but not at right angles reconstructs as well and costs more."""
+    """An encoder that is a left inverse of the decoder, but not its pseudo-inverse, has a positive penalty."""
     model, x = linear(1.0, shifted), images()
     basis = model.decoder[1].weight.detach()
     away = torch.linalg.qr(basis, mode="complete").Q[:, CODE:]
@@ -173,7 +173,7 @@ def test_relaxed_term_is_minimal_for_scaled_isometries(scale: float, shifted: An
 
 
 def test_the_relaxed_term_is_the_ratio_of_the_traces(shifted: Any) -> None:
-    """Against whole Jacobians, with directions that sum to the identity, as on average they do."""
+    """Against full Jacobians, with the coordinate axes as directions, which average to the same as random ones."""
     model, z = small("isometric_ae", shifted, distortion="relaxed"), 3 * torch.randn(3, CODE, dtype=torch.float64)
     jacobian = jacobians(lambda v: model.decode(v), z)
     metric = jacobian.mT @ jacobian
@@ -182,7 +182,7 @@ def test_the_relaxed_term_is_the_ratio_of_the_traces(shifted: Any) -> None:
     found = model.relaxed(z.repeat_interleave(CODE, 0), axes.repeat(3, 1))
     torch.testing.assert_close(found, traces[0] / traces[1] ** 2, rtol=1e-8, atol=1e-11)
     per_sample = (torch.einsum("bii->b", metric @ metric) / torch.einsum("bii->b", metric) ** 2).mean()
-    assert (found - per_sample).abs() > 1e-4  # a mean of ratios, which allows each place a scale of its own
+    assert (found - per_sample).abs() > 1e-4  # a mean of ratios would allow a different scale at each code
 
 
 def test_the_relaxed_term_is_the_same_on_two_ranks(shifted: Any) -> None:

@@ -1,4 +1,4 @@
-"""Laws of Linear autoencoder (Baldi & Hornik 1989)."""
+"""Laws of the linear autoencoder (Baldi & Hornik 1989)."""
 
 import math
 from typing import Any
@@ -38,7 +38,7 @@ def principal_angle(model: aezoo.Autoencoder, vectors: np.ndarray) -> float:
 
 
 def linear_ae_is_pca(x: Tensor, k: int, fitted: aezoo.Autoencoder, spectrum: Any) -> tuple[float, float]:
-    """The ratio to PCA's error and the largest principal angle, after checking that PCA is never beaten."""
+    """The ratio to PCA's error and the largest principal angle, after a check that the error is not below PCA's."""
     _, values, vectors = spectrum(x)
     best = values[k:].sum() / len(values)
     ratio = mse(fitted, x) / best
@@ -88,7 +88,7 @@ def test_linear_ae_is_pca_on_fashion_mnist(
     values, few = found[1], rows_of_same_moments(x)
     for k, figure in FASHION_PCA.items():
         assert values[k:].sum() / 784 == pytest.approx(figure, abs=1e-6)
-    # 8 has the wide gap between eigenvalues that determines the subspace
+    # after 8 eigenvalues there is a large gap, which determines the subspace
     model = centred(aezoo.create_model("linear_ae", input_shape=(1, 28, 28), latent_dim=8), x)
     adam(model, x, steps=300, lr=3e-3, batch=512)
     torch.testing.assert_close(mse(model, few), mse(model, x), rtol=1e-9, atol=0)

@@ -1,4 +1,4 @@
-"""Laws of Memory-augmented autoencoder, MemAE (Gong et al. 2019)."""
+"""Laws of the memory-augmented autoencoder, MemAE (Gong et al. 2019)."""
 
 import math
 from typing import Any
@@ -49,7 +49,7 @@ def test_address_matches_paper(shrinkage: float, shifted: Any) -> None:
     expected = address_of(model.encoder(x), model.memory_ND, shrinkage)
     torch.testing.assert_close(w, expected, rtol=1e-9, atol=1e-12)
     assert (int((w == 0).sum()) > 0) == (shrinkage > 0)
-    # slips: the whole softmax without the threshold, or no renormalisation after it
+    # differs from the softmax without the threshold
     if shrinkage > 0:
         assert (w - address_of(model.encoder(x), model.memory_ND, 0)).abs().max() > 1e-3
 
@@ -61,7 +61,7 @@ def test_address_weights_sum_to_one(n_items: int, shrinkage: float, shifted: Any
     w = model.address(images(20).float())
     torch.testing.assert_close(w.sum(1), torch.ones(20))
     assert (w >= 0).all()
-    if shrinkage == 100.0:  # no weight reaches it, and the item that is nearest by angle is left
+    if shrinkage == 100.0:  # no weight exceeds it, so only the nearest item by angle is used
         nearest = F.cosine_similarity(model.encoder(images(20).float())[:, None], model.memory_ND, dim=2).argmax(1)
         assert torch.equal(w, F.one_hot(nearest, n_items).float())
 
@@ -73,7 +73,7 @@ def test_zero_shrinkage_equals_attention(shifted: Any) -> None:
     torch.testing.assert_close(model.encode(x), attended, rtol=1e-9, atol=1e-12)
     by_product = F.scaled_dot_product_attention(
         model.encoder(x)[None], model.memory_ND[None], model.memory_ND[None], scale=1.0
-    )[0]  # a rival's slip: an inner product for the cosine
+    )[0]  # other code uses the inner product instead of the cosine
     assert (model.encode(x) - by_product).abs().max() > 1e-2
 
 
@@ -103,7 +103,7 @@ def test_loss_matches_paper(shifted: Any) -> None:
     terms = model.loss(x)
     torch.testing.assert_close(terms["nll"], nll)
     torch.testing.assert_close(terms["loss"], nll + 0.7 * entropy, rtol=1e-6, atol=1e-9)
-    # the code is what the decoder sees, not the query
+    # the decoder's input is the code, not the query
     torch.testing.assert_close(model.score(x).mean(), nll)
 
 
@@ -115,7 +115,7 @@ def test_unused_memory_items_get_no_gradient(shifted: Any) -> None:
     assert 0 < used.sum() < 7
     moved = model.memory_ND.grad.norm(dim=1)
     assert (moved[used] > 0).all()
-    # exactly, although these items stand in the softmax: Adam would make full steps of what rounding leaves
+    # exactly 0 although these items are in the softmax: Adam would turn rounding errors into full steps
     assert not moved[~used].any()
 
 

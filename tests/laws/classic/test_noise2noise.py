@@ -1,7 +1,7 @@
 """Laws of Noise2Noise (Lehtinen et al. 2018).
 
 The parity with deepinv is in tests/parity. The model was also compared with the authors' code, run by TensorFlow, in
-float64 on equal outputs of the network, batch and noise. Differences are relative to the greatest value.
+float64 on equal outputs of the network, batch and noise. Differences are relative to the largest value.
 
     https://github.com/NVlabs/noise2noise, commit 7355519e7bfc49e0606cca8867748e736431244b
         train.py, train with noise2noise    loss 2.7e-16, gradient by the network's output 1.4e-16
@@ -55,7 +55,7 @@ def test_noisy_targets_have_the_minimiser_of_clean_ones(kind: str) -> None:
     matrix, offset = fitted(model, x)
     torch.manual_seed(5)
     y1, y2 = (model.corruption(x)[..., 0] for _ in range(2))
-    for target, tolerance in ((y2, 1e-4), (x[..., 0], 0.03)):  # of this very draw, and of clean targets
+    for target, tolerance in ((y2, 1e-4), (x[..., 0], 0.03)):  # the targets of this draw, and clean targets
         found = LinearRegression().fit(y1.numpy(), target.numpy())
         torch.testing.assert_close(matrix, torch.from_numpy(found.coef_.T.copy()), rtol=0, atol=tolerance)
         torch.testing.assert_close(offset, torch.from_numpy(found.intercept_), rtol=0, atol=tolerance)
@@ -64,7 +64,7 @@ def test_noisy_targets_have_the_minimiser_of_clean_ones(kind: str) -> None:
 # ---- noise2noise: Lehtinen et al. 2018 -------------------------------------------------------------------------------
 
 
-class OneNoise(Noise2Noise):
+class SameNoise(Noise2Noise):
     """Takes the same noisy copy for input and target."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class Clipped(Noise2Noise):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [OneNoise, Clipped])
+@pytest.mark.parametrize("make", [SameNoise, Clipped])
 def test_shared_noise_and_clipped_targets_are_detected(make: Any) -> None:
     with pytest.raises(AssertionError):
         best_linear_law(linear(make, corruption="gaussian:0.4"), "gaussian:0.4", positive(SAMPLES))
@@ -90,7 +90,7 @@ def test_shared_noise_and_clipped_targets_are_detected(make: Any) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["gaussian:0.4", "poisson:4"])
 def test_one_noisy_copy_is_predicted_from_another(kind: str, training: bool, shifted: Any) -> None:
-    """||f(y1) - y2||^2 summed over values; with x in the place of y2, the minimiser would be the same."""
+    """||f(y1) - y2||^2 summed over values; with x as the target the minimiser would be the same."""
     model, x = shifted(small(Noise2Noise, corruption=kind)).double().train(training), torch.rand(4, 2, 6, 7).double()
     torch.manual_seed(3)
     y1, y2 = model.corruption(x), model.corruption(x)
@@ -106,7 +106,7 @@ def test_one_noisy_copy_is_predicted_from_another(kind: str, training: bool, shi
 
 @pytest.mark.parametrize("kind", ["gaussian:0.4", "poisson:4"])
 def test_noisy_target_adds_its_variance_to_loss(kind: str, shifted: Any) -> None:
-    """E ||f(y1) - y2||^2 = ||f(y1) - x||^2 + Var(y2 | x), for any f, here at one y1."""
+    """E ||f(y1) - y2||^2 = ||f(y1) - x||^2 + Var(y2 | x), for any f; here for one y1."""
     model = shifted(small(Noise2Noise, (3, 1), corruption=kind)).double()
     x = torch.tensor([0.2, 0.5, 1.1], dtype=torch.float64)[None, :, None]
     y1, n = model.corruption(x), 200_000
@@ -140,7 +140,7 @@ def test_noisy_copies_are_independent_fixed_in_eval(kind: str, quiet: Any) -> No
     seen = model.corruption.seen
     trainer = quiet(max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(model, loader, loader)
-    # a batch of training draws two, one of evaluation a third, for its reconstruction
+    # two draws for a training batch, three in evaluation, where the third is for the reconstruction
     assert [len(seen[mode]) for mode in (True, False)] == [8, 12]
     assert all(torch.equal(a, b) for a, b in zip(seen[False][:6], seen[False][6:], strict=True))
     assert all(not torch.equal(a, b) for a, b in pairwise(seen[True]))

@@ -33,7 +33,7 @@ Blind = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
 def replaced_by(model: Any, y: Tensor, allowed: Callable[..., bool], moved: Callable[..., tuple]) -> Any:
-    """Replacement a pixel at a time: the value at `moved(place)` for an offset that is `allowed`, drawn evenly."""
+    """Replace pixel by pixel with the value at `moved(place)` for an `allowed` offset, drawn uniformly."""
     grid, out = tuple(y.shape[2:]), y.clone()
     M = torch.zeros(len(y), math.prod(grid))
     for b in range(len(y)):
@@ -60,8 +60,8 @@ def _clipped(place: Any, way: Any, grid: Any) -> tuple:
     return tuple(min(max(p + w, 0), n - 1) for p, w, n in zip(place, way, grid, strict=True))
 
 
-# how CAREamics replaced pixels before its PR #491, and what a hasty one does
-RIVALS: dict[str, Blind] = {
+# wrong replacements, the first that of CAREamics before its PR #491
+MISTAKES: dict[str, Blind] = {
     "coordinates clipped to the grid": lambda m, y: replaced_by(m, y, lambda p, w, g, k: any(w), _clipped),
     "a window with the pixel itself": lambda m, y: replaced_by(
         m, y, lambda p, w, g, k: not any(w) or _inside(p, w, g, k), _moved
@@ -73,14 +73,14 @@ FROM_MASKED: Blind = lambda m, y: replaced_by(m, y, _inside, _moved)  # noqa: E7
 
 
 def neighbours_law(blind: Blind, n: int) -> None:
-    """The new value of a pixel is drawn evenly from its window, inside the grid, without the pixel itself."""
+    """The new value of a pixel is drawn uniformly from its window, inside the grid, without the pixel itself."""
     model = small(Noise2Void, (1, 4, 5), masked=0.05, radius=2)
     model.radius = 2
     y = torch.arange(20.0).reshape(1, 1, 4, 5).expand(n, 1, 4, 5)
     out, M = blind(model, y)
     assert (M.sum(1) == 1).all()
     assert stats.chisquare(M.sum(0).numpy()).pvalue > 1e-4
-    for place in (0, 7, 19):  # two corners and a pixel within
+    for place in (0, 7, 19):  # two corners and an inner pixel
         rows = M[:, place] == 1
         drawn = out[rows].flatten(1)[:, place].long()
         r, c = divmod(place, 5)
@@ -96,14 +96,14 @@ def test_neighbour_is_uniform_over_window_in_grid() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rival", RIVALS.values(), ids=list(RIVALS))
-def test_clipped_or_own_pixel_neighbours_are_detected(rival: Blind) -> None:
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=list(MISTAKES))
+def test_clipped_or_own_pixel_neighbours_are_detected(mistake: Blind) -> None:
     with pytest.raises(AssertionError):
-        neighbours_law(rival, 4_000)
+        neighbours_law(mistake, 4_000)
 
 
 def blind_spot_law(blind: Blind, grid: tuple[int, ...], radius: int) -> None:
-    """The output at a masked pixel has derivative 0 in this pixel's own value, in all channels, and not in others'."""
+    """The output at a masked pixel has the gradient 0 by this pixel's own value in all channels, but not by others."""
     model = small(Noise2Void, (2, *grid), masked=0.4, radius=radius).double()
     model.radius = radius
     for seed in range(3):
@@ -124,11 +124,11 @@ def test_masked_output_ignores_its_own_value(grid: tuple[int, ...], radius: int)
 
 
 @pytest.mark.parametrize(
-    "rival", [FROM_MASKED, RIVALS["a window with the pixel itself"], lambda m, y: (y, FROM_MASKED(m, y)[1])]
+    "mistake", [FROM_MASKED, MISTAKES["a window with the pixel itself"], lambda m, y: (y, FROM_MASKED(m, y)[1])]
 )
-def test_leak_through_masked_pixel_is_detected(rival: Blind) -> None:
+def test_leak_through_masked_pixel_is_detected(mistake: Blind) -> None:
     with pytest.raises(AssertionError):
-        blind_spot_law(rival, (5, 6), 2)
+        blind_spot_law(mistake, (5, 6), 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -146,11 +146,11 @@ def test_loss_is_rescaled_masked_squared_error(channels: int, shifted: Any) -> N
         total += 30 * float(np.mean(errors)) / 4
         everywhere += float(((f[b] - y[b]) ** 2 + LOG_PI / 2).sum()) / 4
     assert float(found.detach()) == pytest.approx(total, rel=1e-7)  # the likelihood's scale is a float32
-    assert abs(float(found.detach()) - everywhere) > 1e-2  # a loss over all pixels is another
+    assert abs(float(found.detach()) - everywhere) > 1e-2  # not the loss over all pixels
 
 
 def test_targets_are_the_noisy_pixels_not_clean_ones(shifted: Any) -> None:
-    """With noise of its own, the clean sample occurs nowhere else; gradients are those of the masked pixels."""
+    """With a corruption only the noisy sample is used; gradients are those of the masked pixels."""
     model = shifted(small(Noise2Void, (2, 5, 6), masked=0.2, corruption="gaussian:0.5")).double()
     x = torch.rand(4, 2, 5, 6, dtype=torch.float64)
     torch.manual_seed(3)
@@ -172,7 +172,7 @@ def test_requested_share_of_pixels_is_masked() -> None:
         assert (M.sum(1) == n).all()
     out, M = small(Noise2Void, (2, 2), masked=0.5).blind(y := torch.rand(20, 2, 2))
     assert (M.sum(1) == 1).all()
-    assert torch.equal(out[..., 0], out[..., 1])  # of two pixels, one takes the other's place
+    assert torch.equal(out[..., 0], out[..., 1])  # with two pixels the masked one gets the value of the other
     assert torch.equal(torch.where(M[:, None].bool(), y.flip(2), y), out)
 
 
@@ -185,7 +185,7 @@ def test_pixel_without_unmasked_neighbour_is_not_masked() -> None:
 
 
 def test_masks_are_fixed_in_evaluation_fresh_in_training(quiet: Any) -> None:
-    """CAREamics #703: with other masks at each epoch validation losses do not compare."""
+    """With different masks in each epoch, validation losses would not be comparable (CAREamics #703)."""
     seen: dict[bool, list[Tensor]] = {True: [], False: []}
 
     class Recorded(Noise2Void):
@@ -202,11 +202,11 @@ def test_masks_are_fixed_in_evaluation_fresh_in_training(quiet: Any) -> None:
 
 
 def error_after_training(make: Any, steps: int = 160) -> float:
-    """Squared error against the clean samples, of flat ones with noise, over that of the noisy ones."""
+    """Squared error of denoised images of constant values with noise, relative to that of the noisy images."""
     torch.manual_seed(0)
     model = make((1, 10, 10), masked=0.1, width=8, depth=3, lr=1e-2)
     clean = torch.rand(256, 1, 1, 1).expand(-1, 1, 10, 10)
-    y = clean + 0.3 * torch.randn_like(clean)  # one noisy copy of each, and no other
+    y = clean + 0.3 * torch.randn_like(clean)  # a single noisy copy of each
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for step in range(steps):
         optimizer.zero_grad()
@@ -216,8 +216,8 @@ def error_after_training(make: Any, steps: int = 160) -> float:
         return float((model(y) - clean).square().mean() / (y - clean).square().mean())
 
 
-class Sighted(Noise2Void):
-    """Predicts pixels that it sees."""
+class WithoutBlindSpots(Noise2Void):
+    """Predicts the masked pixels from an input that contains them."""
 
     def blind(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return y, super().blind(y)[1]
@@ -226,4 +226,4 @@ class Sighted(Noise2Void):
 @pytest.mark.slow
 def test_training_on_only_noisy_images_denoises() -> None:
     assert error_after_training(Noise2Void) < 0.4
-    assert error_after_training(Sighted) > 0.6  # it learns the identity
+    assert error_after_training(WithoutBlindSpots) > 0.6  # it learns the identity

@@ -1,4 +1,4 @@
-"""Laws of the residual autoencoder: its blocks written out, and what is left where they add nothing."""
+"""Laws of the residual autoencoder: the formula of its blocks, the limit of zero residuals, the likelihood."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Laws of Semantic hashing (Salakhutdinov & Hinton 2009)."""
+"""Laws of semantic hashing (Salakhutdinov & Hinton 2009)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ def test_bit_gradient_equals_sigmoid_gradient(shifted: Any) -> None:
     as_sigmoid = torch.autograd.grad(model.encoder(x).sigmoid(), parts, g)
     for mine, expected in zip(through, as_sigmoid, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-14)
-    assert max(float(p.abs().max()) for p in through) > 1e-3  # rounding alone passes nothing
+    assert max(float(p.abs().max()) for p in through) > 1e-3  # rounding alone has no gradient
 
 
 def noise_of(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def test_improved_code_mixes_soft_and_hard_evenly(shifted: Any) -> None:
     inside = (saturating(v) > 0) & (saturating(v) < 1)
     bits = ((code == 0) | (code == 1))[inside].double().mean()
     assert float(bits) == pytest.approx(0.5, abs=0.02)
-    # each unit by itself: a draw a sample or a batch would make whole rows of one kind
+    # drawn for each unit: with one draw per sample all units of a row would be of one kind
     rows = ((code == 0) | (code == 1)) | ~inside
     assert 0.02 < float(rows.all(1).double().mean()) < 0.3
 
@@ -138,11 +138,11 @@ def test_improved_hash_uses_soft_gradient(shifted: Any) -> None:
     s = v.sigmoid()
     expected = g * torch.where((1.2 * s - 0.1 > 0) & (1.2 * s - 0.1 < 1), 1.2 * s * (1 - s), 0.0)
     torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
-    assert 0.1 < float((mine == 0).double().mean()) < 0.9  # saturated units pass nothing
+    assert 0.1 < float((mine == 0).double().mean()) < 0.9  # saturated units have no gradient
 
 
-def test_the_loss_moves_encoder_and_decoder_by_the_chain_rule(shifted: Any) -> None:
-    """The improved code's gradient in the encoder: that of the decoder in the code, through the soft code."""
+def test_encoder_gradient_is_that_of_the_soft_code(shifted: Any) -> None:
+    """For the improved code the decoder's gradient by the code is backpropagated through the soft code."""
     model, x = small("semantic_hash_ae", shifted, binarisation="improved", noise_std=1.0), images()
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -160,7 +160,7 @@ def test_the_loss_moves_encoder_and_decoder_by_the_chain_rule(shifted: Any) -> N
 
 @pytest.mark.slow
 def test_noise_training_makes_codes_nearly_binary(adam: Callable[..., float], digits: Tensor) -> None:
-    """Trained with noise the sigmoids are nearly binary, and rounding them costs little; without, it costs much."""
+    """After training with noise the sigmoids are nearly binary, and rounding them increases the NLL less."""
     x, found = digits[:400].float(), {}
     for noise_std in (0.0, 4.0):
         torch.manual_seed(0)

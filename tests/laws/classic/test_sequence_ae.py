@@ -1,14 +1,14 @@
-"""Laws of Sequence autoencoder, LSTM or Transformer (Srivastava et al. 2015).
+"""Laws of the sequence autoencoder, LSTM or Transformer (Srivastava et al. 2015).
 
-The parity with sequitur is in tests/parity. The authors' code is Python 2 with matrices of CUDA, and was read line by
-line: lstm.py and lstm_combo.py of
+The parity with sequitur is in tests/parity. The authors' code is written in Python 2 with CUDA matrices and was
+read line by line: lstm.py and lstm_combo.py of
 
     https://github.com/mansimov/unsupervised-videos, commit 29407a8ff85d63b7421248c8271d956faa8303e6
 
-have the cross-entropy of binary data, as ours, else half of the squared error, summed over steps and values. Differs:
-their code is the state of all layers, from which the decoder starts without other input, and the decoder's targets are
-in reverse order; both follow the paper. Ours gives the decoder a vector at each step, as sequitur does, in the order of
-the data. Their gates also see the state of the cell.
+It has the cross-entropy for binary data, like this model, else half of the squared error, summed over steps and values.
+Differs: their code is the state of all layers, from which the decoder starts without other input, and the decoder's
+targets are in reverse order; both follow the paper. Ours gives the decoder a vector at each step, as sequitur does, in
+the order of the data. Their gates also depend on the state of the cell.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ def small(net: str, shape: tuple[int, ...] = (2, LONG), **settings: Any) -> Any:
 
 
 def sequences(n_steps: int = LONG, seed: int = 0) -> Tensor:
-    """Of the lengths above, padded to n_steps; before the end some steps hold the padding's value too."""
+    """Sequences of LENGTHS, padded to n_steps; some steps of the data have the padding's value too."""
     x = torch.rand(5, 2, LONG, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     x[:, :, 2::4] = PAD
     x[torch.arange(5), :, LENGTHS - 1] = 0.9  # the last step is data
@@ -73,7 +73,7 @@ def padding_law(make: Any, net: str, shifted: Any, **settings: Any) -> None:
     for a, b in zip(*(torch.autograd.grad(f, [*m.parameters()]) for f, m in zip(found, (short, long), strict=True)),
                     strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-    # each as if it were alone and had no padding
+    # each sequence alone and without padding gives the same
     for i, n in enumerate(LENGTHS.tolist()):
         alone = make(net, (2, n), **settings)
         alone.load_state_dict(short.state_dict())
@@ -88,14 +88,14 @@ def test_loss_and_code_are_invariant_to_padding(net: str, likelihood: str, shift
 
 
 class AllSteps(SequenceAE):
-    """Has the loss count padding."""
+    """Includes padding in the loss."""
 
     def sequence_nll(self, x: Tensor) -> Tensor:
         return self.nll(self.decoder(self.encoder(x, self.lengths(x))), x)
 
 
 class ReadsPadding(SequenceAE):
-    """Has the encoder read padding."""
+    """Lets the encoder read padding."""
 
     def sequence_nll(self, x: Tensor) -> Tensor:
         read, self.encoder.forward = self.encoder.forward, lambda x, length=None: read(x)
@@ -105,8 +105,8 @@ class ReadsPadding(SequenceAE):
             del self.encoder.forward
 
 
-class Holes(SequenceAE):
-    """Takes the first step of the padding's value for the end."""
+class EndsAtFirstPadValue(SequenceAE):
+    """Takes the first step with the padding's value as the end."""
 
     def lengths(self, x: Tensor) -> Tensor:
         data_BL = (self.to_steps(x) != PAD).any(2)
@@ -120,7 +120,7 @@ class PerStep(SequenceAE):
         return super().sequence_nll(x) / self.to_steps(x).shape[1]
 
 
-def rival(cls: Any) -> Any:
+def maker(cls: Any) -> Any:
     def make(net: str, shape: tuple[int, ...] = (2, LONG), **settings: Any) -> Any:
         return cls(shape, net=net, latent_dim=4, hidden_dims=(6, 8), pad_value=PAD, **settings).double()
 
@@ -131,15 +131,15 @@ def rival(cls: Any) -> Any:
 @pytest.mark.parametrize("cls", [AllSteps, ReadsPadding, PerStep])
 def test_padding_leaks_are_detected(cls: Any, net: str, shifted: Any) -> None:
     with pytest.raises(AssertionError):
-        padding_law(rival(cls), net, shifted)
+        padding_law(maker(cls), net, shifted)
 
 
 def test_pad_value_inside_sequence_counts_as_data() -> None:
     x = sequences()
     assert (x[1, :, 2] == PAD).all() and (x[1, :, 6] == PAD).all()
     assert small("lstm").lengths(x).tolist() == LENGTHS.tolist()
-    assert rival(Holes)("lstm").lengths(x).tolist() != LENGTHS.tolist()
-    # of one step, one channel may hold it
+    assert maker(EndsAtFirstPadValue)("lstm").lengths(x).tolist() != LENGTHS.tolist()
+    # a single channel of a step may have the padding's value
     x[0, 0, 2] = PAD
     assert small("lstm").lengths(x).tolist() == LENGTHS.tolist()
     assert small("lstm").lengths(torch.full_like(x, PAD)).tolist() == [1] * 5
@@ -184,7 +184,7 @@ def test_the_loss_is_the_likelihood_of_the_steps_before_the_end(net: str, likeli
     expected = torch.stack([-log_p[i, :, :n].sum() for i, n in enumerate(LENGTHS.tolist())])
     torch.testing.assert_close(model.score(x), expected, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(model.loss(x)["loss"], expected.mean(), rtol=1e-6, atol=1e-8)
-    assert (-log_p.flatten(1).sum(1) - expected).abs().max() > 1e-2  # padding would count
+    assert (-log_p.flatten(1).sum(1) - expected).abs().max() > 1e-2  # unlike with padding included
 
 
 @pytest.mark.parametrize("shape", [(2, 7), (1, 5, 6), (9,), (2, 3, 4, 5)])
@@ -210,7 +210,7 @@ def test_code_stores_length_and_decoder_pads_beyond_it(net: str, shifted: Any) -
     x_hat = model(x)
     padding = (torch.arange(LONG) >= LENGTHS[:, None, None]).expand_as(x)
     assert (x_hat[padding] == PAD).all() and (x_hat[~padding] != PAD).all()
-    # codes that a prior makes up: a length need not be whole, nor within the shape
+    # a sampled code can have a length that is not an integer or too long
     made = z[:1].repeat(4, 1)
     made[:, -1] = torch.tensor([4.4, 4.6, -3.0, 99.0])
     assert model.lengths(model.decode(made)).tolist() == [4, 5, 1, LONG]
@@ -224,7 +224,7 @@ def test_lengths_beyond_256_survive_half_precision() -> None:
         assert model.encode(x)[0, -1] == 301
 
 
-# ---- all -------------------------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Laws of Stacked denoising autoencoder (Vincent et al. 2010).
+"""Laws of the stacked denoising autoencoder (Vincent et al. 2010).
 
-The model was compared with the tutorial of the authors' group, run on a stand-in for Theano that computes by torch, and
-with a port, in float64 on equal weights, batch and masks. Differences are relative to the greatest value, those of
-gradients by the worst parameter, over the three layers.
+The model was compared with the tutorial of the authors' group, run with torch in place of Theano, and with a port, in
+float64 on equal weights, batch and masks. Differences are relative to the largest value, for gradients the largest of
+all parameters, over the three layers.
 
     https://github.com/lisa-lab/DeepLearningTutorials, commit 11c465105026cf87573937fc2d35ab7543678698
         code/dA.py, dA.get_cost_updates, of sigmoids   loss 0, gradients of 4 parameters 2.3e-15
@@ -46,7 +46,7 @@ pytestmark = [
 ]
 
 
-def twin_of_denoising_ae(model: Any, **settings: Any) -> Any:
+def denoising_ae_with_same_networks(model: Any, **settings: Any) -> Any:
     """A plain autoencoder with the same encoder and decoder."""
     plain = aezoo.create_model("denoising_ae", SHAPE, latent_dim=CODE, hidden_dims=(16,), **settings).double()
     plain.encoder, plain.decoder = copy.deepcopy(model.encoder), copy.deepcopy(model.decoder)
@@ -74,7 +74,7 @@ def dense(module: nn.Module) -> nn.Linear:
 
 
 def phase_loss(model: Any, x: Tensor, i: int, corrupt: Callable[[Tensor], Tensor]) -> Tensor:
-    """What phase i minimises, from the weights only: cross-entropy of sigmoids, squared error of tanh."""
+    """The loss of phase i, computed from the weights: cross-entropy for sigmoids, squared error for tanh."""
     act = torch.sigmoid if isinstance(model.encoder[0][-1], nn.Sigmoid) else torch.tanh
     h = x.flatten(1)
     for j in range(i):
@@ -142,7 +142,7 @@ def test_zero_gradients_of_other_layers_are_removed(phase: int, shifted: Any) ->
 def test_the_last_phase_is_a_denoising_autoencoder(shifted: Any) -> None:
     for training in (True, False):
         model, x = stacked(shifted, corruption="gaussian:0.2").train(training), images()
-        other = twin_of_denoising_ae(model, corruption="gaussian:0.2").train(training)
+        other = denoising_ae_with_same_networks(model, corruption="gaussian:0.2").train(training)
         found = []
         for each in (model, other):
             torch.manual_seed(3)
@@ -154,7 +154,7 @@ def test_the_last_phase_is_a_denoising_autoencoder(shifted: Any) -> None:
 
 
 def test_evaluation_uses_whole_model_in_every_phase(shifted: Any) -> None:
-    """Otherwise the loss of a first layer would win against that of the whole when checkpoints are compared."""
+    """Otherwise the choice of a checkpoint would compare losses of single layers with that of the whole model."""
     model = stacked(shifted).eval()
     whole = model.loss(images())
     for phase in range(DEPTH):
@@ -201,7 +201,7 @@ OPTIMIZERS = [("adam", 0.1), ("adamw", 0.1), ("sgd", 0.1), ("rmsprop", 0.1)]
 
 @pytest.mark.parametrize(("optimizer", "decay"), OPTIMIZERS)
 def test_fit_trains_layers_in_turn_then_jointly(optimizer: str, decay: float, quiet: Any, shifted: Any) -> None:
-    """Bit for bit, neither weight decay nor moments move a layer out of its phase, nor do the moments change."""
+    """Outside of its phases a layer's weights and optimiser state stay the same, despite weight decay and momentum."""
     model, watch = stacked(shifted, optimizer=optimizer, weight_decay=decay, phase_epochs=2).float(), Watch()
     start = [p.detach().clone() for p in model.parameters()]
     quiet(max_epochs=2 * DEPTH + 1, callbacks=[watch]).fit(model, loader())
@@ -223,7 +223,7 @@ def test_fit_trains_layers_in_turn_then_jointly(optimizer: str, decay: float, qu
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_zero_gradients_would_move_parameters(kind: str, decay: float) -> None:
-    """The slip that the hook is there for, on torch's own optimisers."""
+    """Why the hook sets gradients to None: torch's optimisers move a parameter with a zero gradient."""
     p = nn.Parameter(torch.ones(3))
     optimizer = optimizers.build(kind, [p], 0.1, decay)
     p.sum().backward()
@@ -281,7 +281,7 @@ def test_a_fit_without_an_end_is_refused_in_one_line(quiet: Any, shifted: Any) -
 def test_resumed_fit_matches_uninterrupted_fit(
     last_epoch: int, phase_epochs: int, quiet: Any, shifted: Any, tmp_path: Path
 ) -> None:
-    """Stopped within a phase, after 3 steps of 2 a phase, at a phase's end, and in fine-tuning."""
+    """Stopped within a phase, at the end of a phase, and in fine-tuning."""
     settings = {"corruption": "masking:0.4", "phase_epochs": phase_epochs, "weight_decay": 0.1}
     model = stacked(shifted, **settings).float()
     copies = [copy.deepcopy(model) for _ in range(3)]
@@ -300,7 +300,6 @@ def test_resumed_fit_matches_uninterrupted_fit(
 
 
 def test_manual_loop_matches_fit_phases(quiet: Any, shifted: Any) -> None:
-    """The same steps as a fit makes."""
     model = stacked(shifted, phase_epochs=1, weight_decay=0.1).float()
     by_hand, watch = copy.deepcopy(model), Watch()
     quiet(max_epochs=DEPTH + 2, callbacks=[watch]).fit(model, loader())

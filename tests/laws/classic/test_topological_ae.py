@@ -1,4 +1,4 @@
-"""Laws of Topological autoencoder (Moor et al. 2020)."""
+"""Laws of the topological autoencoder (Moor et al. 2020)."""
 
 import itertools
 import math
@@ -52,7 +52,7 @@ def largest(points_ND: Tensor) -> Tensor:
 
 
 def test_normalised_distances_match_scipy() -> None:
-    for n in (2, 9, 40):  # above 25 points torch's cdist would multiply matrices
+    for n in (2, 9, 40):  # above 25 points torch.cdist would use a matrix product
         x = points(n, 5)
         expected = squareform(pdist(x.numpy()))
         torch.testing.assert_close(distances(x), torch.from_numpy(expected / expected.max()), rtol=1e-12, atol=1e-14)
@@ -83,7 +83,7 @@ def test_the_pairing_is_the_persistence_of_dimension_zero() -> None:
 
 @pytest.mark.parametrize("copies", [2, 3])
 def test_equal_samples_keep_zero_length_edges(copies: int) -> None:
-    """Their distance is 0, which SciPy takes for no edge at all."""
+    """Their distance is 0, which SciPy treats as a missing edge."""
     from scipy.sparse.csgraph import minimum_spanning_tree
 
     x = points(5, 3).repeat(copies, 1)
@@ -91,7 +91,7 @@ def test_equal_samples_keep_zero_length_edges(copies: int) -> None:
     found = pairing(a)
     assert len(found) == 5 * copies - 1
     assert int((a[tuple(found.T)] == 0).sum()) == 5 * (copies - 1)
-    without = minimum_spanning_tree(a.numpy()).data  # a rival's slip: other edges stand in
+    without = minimum_spanning_tree(a.numpy()).data  # SciPy takes longer edges instead
     assert without.min() > 0 and without.sum() > 1.5 * float(a[tuple(found.T)].sum())
     component = list(range(len(x)))
     for i, j in found.tolist():
@@ -141,17 +141,17 @@ def test_topological_terms_are_scale_and_order_invariant() -> None:
         for mine, expected in zip(changed, reference, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-14)
     for mine, expected in zip(TopologicalAE.signature_loss(z, x, largest(x)), reversed(reference), strict=True):
-        torch.testing.assert_close(mine, expected)  # the two terms are each other's mirror
+        torch.testing.assert_close(mine, expected)  # exchanging x and z exchanges the two terms
 
 
 def test_gradient_flows_through_distances_and_unit() -> None:
-    """Not through the largest distance between codes, as if it were their unit."""
+    """The unit is a separate variable, not the largest distance between codes."""
     x, z, unit = points(10, 5), points(10, 2).requires_grad_(), torch.tensor(4.0, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda *given: TopologicalAE.signature_loss(x, *given), (z, unit))
     for term in TopologicalAE.signature_loss(x, z, unit):
         to_z, to_unit = torch.autograd.grad(term, (z, unit), retain_graph=True)
         assert to_z.norm() > 1e-4 and to_unit.abs() > 1e-4
-        # in the units' ratio the codes' scale: of degree 0 in both together
+        # scaling codes and unit together does not change the terms
         assert ((to_z * z).sum() + to_unit * unit).abs() < 1e-9 < (to_z * z).sum().abs()
 
 
@@ -174,7 +174,7 @@ def test_equal_codes_have_finite_gradients() -> None:
 
 @pytest.mark.slow
 def test_topological_term_preserves_ring_structure(adam: Callable[..., float]) -> None:
-    """Trained with it the codes of a ring in 10 dimensions have the ring's tree; a plain autoencoder's need not."""
+    """The codes of a ring in 10 dimensions have the ring's spanning tree if trained with the term."""
     angle = torch.rand(64, dtype=torch.float64).sort().values * 2 * math.pi
     ring = torch.stack([angle.cos(), angle.sin()], 1) @ torch.linalg.qr(torch.randn(10, 2, dtype=torch.float64)).Q.T
     x, found = ring.float(), {}

@@ -1,4 +1,4 @@
-"""Laws of Autoencoder with a triplet loss on its codes (Schroff et al. 2015)."""
+"""Laws of the autoencoder with a triplet loss on its codes (Schroff et al. 2015)."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_triplet_loss_matches_torch_over_all_triplets(mining: str, margin: float
             margin=margin,
         )
         assert (mine - squared).abs() > 1e-3
-    assert kinds == {True, False}  # both rules of semi-hard mining were at work
+    assert kinds == {True, False}  # both cases of semi-hard mining occur
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_separated_classes_have_zero_triplet_loss(mining: str, shifted: Any) -> 
     model, y = small("triplet_ae", shifted, mining=mining, margin=1.0), labels(0, 0, 1, 1)
     z = torch.tensor([[0.0], [1.0], [4.0], [5.0]], dtype=torch.float64)
     assert float(model.triplet_loss(z, y)) == 0
-    # nearest negative at 3, positive at 1: a margin of 2.5 is missed by 0.5 in the two inner triples of eight
+    # nearest negative at 3, positive at 1: a margin of 2.5 is violated by 0.5 in the two inner triplets of eight
     model.margin = 2.5
     wanted = {"all": 2 * 0.5 / 8, "active": 0.5, "semi_hard": 2 * 0.5 / 4}
     assert float(model.triplet_loss(z, y)) == pytest.approx(wanted[mining])

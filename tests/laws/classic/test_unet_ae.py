@@ -1,4 +1,4 @@
-"""Laws of U-Net autoencoder (Ronneberger et al. 2015)."""
+"""Laws of the U-Net autoencoder (Ronneberger et al. 2015)."""
 
 import math
 from typing import Any
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from aezoo.models.classic.unet_ae import UNetAE
 
-# ---- unet: Ronneberger et al. 2015, cut at the code ------------------------------------------------------------------
+# ---- unet: Ronneberger et al. 2015, without connections past the code ------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_size_from_20_to_97_returns_exactly(channels: int) -> None:
+def test_output_has_input_shape_for_sizes_20_to_97(channels: int) -> None:
     for n in range(20, 98):
         shape, latent_map = (channels, n, 117 - n), n % 4 < 2
         with torch.device("meta"):
@@ -28,7 +28,7 @@ def test_any_size_from_20_to_97_returns_exactly(channels: int) -> None:
 
 
 def bottleneck_law(reconstruct: Any, encode: Any, x: Tensor) -> None:
-    """What is rebuilt moves with the sample in no more directions than the code has."""
+    """The Jacobian of the reconstruction by the sample has the rank D of the code."""
     jacobian = torch.autograd.functional.jacobian(lambda v: reconstruct(v[None]).flatten(), x[0]).flatten(1)
     singular = torch.linalg.svdvals(jacobian)
     d = encode(x[:1]).numel()
@@ -37,7 +37,7 @@ def bottleneck_law(reconstruct: Any, encode: Any, x: Tensor) -> None:
 
 
 def skipping(model: Any) -> Any:
-    """The U-Net as published: maps of the encoder go to the decoder beside the code."""
+    """The U-Net as published: feature maps of the encoder go to the decoder in addition to the code."""
 
     def reconstruct(x: Tensor) -> Tensor:
         first = model.encoder.stages[0](x)
@@ -55,20 +55,20 @@ def test_output_depends_on_input_through_code_only(shape: tuple[int, ...], shift
         bottleneck_law(skipping(model), model.encode, x)
 
 
-def test_stages_reach_code_and_output_past_the_others(shifted: Any) -> None:
+def test_each_stage_is_connected_to_code_and_output(shifted: Any) -> None:
     model = UNetAE((1, 8, 8), latent_dim=3, hidden_dims=(4, 4, 4), likelihood="gaussian").double()
     model, x = shifted(model).eval(), torch.rand(2, 1, 8, 8, dtype=torch.float64)
 
-    def silent(stage: Any) -> Any:
+    def zero_output(stage: Any) -> Any:
         return stage.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
 
     z = model.encode(x).detach()
     for i in range(3):
-        hooks = [silent(stage) for j, stage in enumerate(model.encoder.stages) if j > i]
+        hooks = [zero_output(stage) for j, stage in enumerate(model.encoder.stages) if j > i]
         codes = model.encode(x)
-        assert (codes[0] - codes[1]).abs().max() > 1e-6, "an early stage reaches the code past the later ones"
-        hooks += [silent(stage) for j, stage in enumerate(model.decoder.stages) if j < i]
+        assert (codes[0] - codes[1]).abs().max() > 1e-6, "early stage not connected to the code"
+        hooks += [zero_output(stage) for j, stage in enumerate(model.decoder.stages) if j < i]
         outputs = model.decode(z)
-        assert (outputs[0] - outputs[1]).abs().max() > 1e-6, "the code reaches a late stage past the earlier ones"
+        assert (outputs[0] - outputs[1]).abs().max() > 1e-6, "code not connected to a late stage"
         for hook in hooks:
             hook.remove()

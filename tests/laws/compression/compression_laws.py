@@ -1,4 +1,4 @@
-"""Laws of the compression family: rates against scipy, bounds, who sees whom, and what whole numbers stand for."""
+"""Laws of the compression family: rates compared with scipy, bounds, causality, and decoding of the coded symbols."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from aezoo.errors import AezooError
 NAMES = aezoo.list_models(family="compression")
 
 
-# a law that depends on places before, or of the other colour
+# models whose distributions depend on earlier positions or on the other checkerboard colour
 IN_TURN = ["joint_ar_hyperprior", "cheng2020"]
 
 
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {"hidden_dims": (6, 8), "latent_dim": 5, "hyper_dim": 3,
 
 
 def small(name: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> Any:
-    """A model in float64 away from where it starts: wide codes, laws of many scales."""
+    """A float64 model with random offsets added to its initial weights, and codes with a wide range."""
     known = aezoo.registry.hyperparameters(name)
     given = {"groups": (1, 1, 3), "reach": 2, "attention": False, **SMALL}
     given |= {"lams": (settings.get("lam", 0.01),)} | settings
@@ -52,7 +52,7 @@ def data(n: int = 4, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def paper_loss(terms: dict[str, Tensor]) -> Tensor:
-    """The loss without what only compressai has, a loss of the quantiles from which its tables are made."""
+    """The loss without the quantile loss of compressai, which is not part of the objective."""
     return terms["loss"] - terms.get("quantiles", torch.zeros((), dtype=torch.float64))
 
 
@@ -63,7 +63,7 @@ def paper_loss(terms: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("lam", [0.0018, 0.05])
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_matches_paper_rate_distortion(name: str, lam: float, training: bool) -> None:
-    """R + lam 255^2 MSE with R in bits a pixel, times pixels and log 2, and the constant of the likelihood."""
+    """R + lam 255^2 MSE with R in bits per pixel, times pixels and log 2, plus the constant of the likelihood."""
     model, x = small(name, lam=lam).train(training), data()
     seen: list[Tensor] = []
     model.decoder.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -78,7 +78,7 @@ def test_loss_matches_paper_rate_distortion(name: str, lam: float, training: boo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_is_negative_elbo_with_uniform_posterior(name: str) -> None:
-    """Ballé et al. 2017, section 4: p(x|y~) = N(x; g(y~), 1 / (2 weight)), q = U about y, whose log density is 0."""
+    """Ballé et al. 2017, section 4: p(x|y~) = N(x; g(y~), 1 / (2 weight)), and q = U around y, with log density 0."""
     model, x = small(name, lam=0.003).train(), data()
     seen: list[Tensor] = []
     model.decoder.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -104,7 +104,7 @@ def test_bits_are_counted_per_position_for_vectors_and_maps(name: str) -> None:
     assert small(name).weight == pytest.approx(0.01 * 255**2 * math.log(2) / SHAPE[0])
 
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,7 +118,7 @@ def test_symbols_determine_code_and_reconstruction(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_symbols_determine_code(name: str) -> None:
-    """Numbers above 256 are none of bf16, so that sums with means must be taken in float32 by writer and reader."""
+    """bf16 has no odd integers above 256: encoder and decoder must add the means in float32."""
     model, x = small(name).bfloat16().eval(), data().bfloat16()
     with torch.no_grad():
         for p in [*model.encoder.parameters()][-2:]:
@@ -131,8 +131,8 @@ def test_bf16_symbols_determine_code(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_are_encoder_output_within_half_a_step(name: str) -> None:
-    model, x = small(name).train(), data()  # in training, too, a code is a rounded one
-    if name == "gained_hyperprior":  # with steps of 1
+    model, x = small(name).train(), data()  # codes are rounded in training too
+    if name == "gained_hyperprior":  # set the step to 1
         with torch.no_grad():
             model.log_gain_SM.zero_()
             model.log_inverse_SM.zero_()
@@ -151,7 +151,7 @@ def test_score_is_evaluation_loss_per_sample(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_symbol_distributions_are_causal(name: str) -> None:
-    """Change whole numbers from some place on: the laws of everything up to there are the same to the last bit."""
+    """Changing symbols from some position on leaves the distributions of all symbols up to there exactly the same."""
     model, x = small(name).eval(), data(2)
     symbols = model.encode_symbols(x)
 
@@ -186,12 +186,12 @@ def test_symbol_distributions_are_causal(name: str) -> None:
         after = laws(other)
         assert torch.equal(after[..., :end], before[..., :end])
         changed += end < steps[-1] and not torch.equal(after[..., end:], before[..., end:])
-    assert changed == calls.get(name, 2) - 1  # and each says something of what comes after it
+    assert changed == calls.get(name, 2) - 1  # and each step but the last changes later distributions
 
 
 @pytest.mark.parametrize("name", IN_TURN)
 def test_sequential_coding_matches_parallel_training_rate(name: str) -> None:
-    """With what training would see, y^ for y~, the laws of all places at once have the rate of place after place."""
+    """Given the rounded code y^, the distributions of all positions at once have the same rate as in sequence."""
     model, x = small(name).eval(), data()
     coder, y = Rounding(), model.encoder(x)
     y_hat = model.code_latents(coder, y, len(x))
@@ -238,14 +238,14 @@ def slopes(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def along(value: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
-    """The derivative along a direction, by autograd."""
+    """The directional derivative by autograd."""
     parts = [(slope * d).sum() for slope, d in zip(slopes(value, inputs), directions, strict=True)]
     return torch.stack(parts).sum()
 
 
 @torch.no_grad()
 def by_differences(values: Callable[[], Tensor], inputs: list[Tensor], directions: list[Tensor]) -> Tensor:
-    """The derivatives of several values along a direction, by central differences."""
+    """The directional derivatives of several values by central differences."""
     found, step = [], 1e-6
     for amount in (step, -step):
         for tensor, d in zip(inputs, directions, strict=True):
@@ -289,7 +289,7 @@ def test_rate_and_distortion_train_expected_networks(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_both_terms_are_finite_differences(name: str) -> None:
-    """For each network, along a random direction: a path that passes no gradient would be missing from one of them."""
+    """In a random direction for each network, which a missing gradient would change."""
     model, x = small(name).train(), data(2)
     torch.manual_seed(0)
     terms = both_terms(model, x)
@@ -301,7 +301,7 @@ def test_gradients_of_both_terms_are_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("factorized_prior", "compressai")])
 def test_side_information_passes_gradients_to_code(name: str) -> None:
-    """Through its rate, and through the parameters of the code that it gives."""
+    """Through the rate of the side information, and through the parameters that it gives the code."""
     model = small(name).train()
     y = model.encoder(data(2)).detach().requires_grad_()
     weight, direction = torch.randn_like(model.code_side(AdditiveNoise(), y, 2)), [torch.randn_like(y)]
@@ -319,7 +319,7 @@ def test_side_information_passes_gradients_to_code(name: str) -> None:
 
 @pytest.mark.parametrize("name", IN_STEPS)
 def test_rate_passes_gradients_to_itself_and_earlier_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With given side information: anchors before the others, group after group of channels, or place after place."""
+    """With fixed side information: anchors before non-anchors, channel group by group, or position by position."""
     model = small(name).train()
     y = model.encoder(data(1)).detach().requires_grad_()
     side = model.code_side(AdditiveNoise(), y, 1).detach()
@@ -354,7 +354,7 @@ def test_rate_passes_gradients_to_itself_and_earlier_parts(name: str, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sampled_symbols_follow_model_distribution(name: str) -> None:
-    """Whole numbers drawn under the first law, that of a channel without anything before, come as often as it says."""
+    """Symbols drawn under the distribution of the first call, which has no context, have its probabilities."""
     model = small(name).eval()
     seen: list[Tensor] = []
 

@@ -32,21 +32,21 @@ import aezoo
 from aezoo.bases.entropy_coded import MIN_SCALE, Gaussians, Mixtures, scale_of
 from aezoo.models.compression.cheng2020 import Attention, Decoder, Encoder, Subpixel
 
-# ---- laws of single values -------------------------------------------------------------------------------------------
+# ---- mixture distributions -------------------------------------------------------------------------------------------
 
 
 def of_torch(law: Mixtures) -> D.MixtureSameFamily:
-    """The same without rounding, by torch's distributions, (n, 1)."""
+    """The same mixture without rounding, by torch.distributions, (n, 1)."""
     means, scales, logits = (part.movedim(0, -1) for part in (law.parts.mean, law.parts.scale, law.log_weight))
     return D.MixtureSameFamily(D.Categorical(logits=logits), D.Normal(means, scales))
 
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_one_component_mixture_equals_joint_ar_hyperprior(training: bool) -> None:
-    """But for the transforms, which are put into the parent here."""
+    """Except for the transforms, which are copied here."""
     one, two = small("cheng2020", mixtures=1), small("joint_ar_hyperprior", activation="leaky_relu")
     two.encoder, two.decoder = one.encoder, one.decoder
     two.load_state_dict(one.state_dict())
@@ -73,7 +73,7 @@ def test_mixture_parameters_are_means_scales_weights() -> None:
 
 
 def test_mixture_codes_bimodal_symbols_cheaply() -> None:
-    """Numbers of two far modes cost a bit more than their width, and not the width of both."""
+    """Symbols of two distant modes cost 1 bit, where a single Gaussian needs to cover both."""
     modes = torch.tensor([-20.0, 20.0, 0.0]).view(3, 1, 1)
     v = torch.tensor([-20.0, 20.0]).view(2, 1)
     law = Mixtures(
@@ -123,7 +123,7 @@ def test_residual_stages_restore_every_grid_size(shape: tuple[int, ...], dims: t
         assert down(x).shape[1:] == code and up(down(x)).shape == x.shape
         counts = [sum(isinstance(part, Attention) for part in net) for net in (down, up)]
         assert counts == ([1 + (len(dims) > 1)] * 2 if attention else [0, 0])
-        # on the grid on which the encoder has it
+        # the decoder has attention on the same grid as the encoder
         if attention and len(dims) > 1:
             middle = [
                 [*net][[isinstance(part, Attention) for part in net].index(True, first)]

@@ -41,7 +41,7 @@ SHAPE = (2, 60, 70)
 
 
 def of(architecture: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> Any:
-    """A small model away from where it starts, in float64, all of whose scales are above their bound."""
+    """A small float64 model with random offsets added to its initial weights, and scales above their lower bound."""
     torch.manual_seed(0)
     settings = {"width": 4, "latent_dim": 4} | settings
     model = aezoo.create_model("compressai", shape, architecture=architecture, **settings)
@@ -52,7 +52,7 @@ def of(architecture: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> An
             if parts is not None:
                 [*parts.parameters()][-1].add_(1)
         for layer in model.modules():
-            if isinstance(layer, GDN):  # above their bounds too
+            if isinstance(layer, GDN):  # above the lower bound, too
                 layer.root_gamma_CC.abs_().add_(1e-3)
         if model.context is not None:
             model.context.weight.mul_(0.05)
@@ -80,15 +80,15 @@ def test_gradients_of_every_architecture_are_finite_differences(architecture: st
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_is_trained(architecture: str) -> None:
-    # a block of attention has half as many units, of which some never fire
+    # attention blocks have half the width, and some ReLUs of narrow ones are never active
     model = of(architecture, width=16, latent_dim=16).train()
     model.loss(data())["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("architecture", IN_TURN)
-def test_places_in_turn_have_the_rate_of_all_at_once(architecture: str) -> None:
-    """What training computes for all places together, the coder computes one after the other."""
+def test_sequential_and_parallel_rates_are_equal(architecture: str) -> None:
+    """Training computes all positions at once, the coder one after the other."""
     model, x = of(architecture).eval(), data()
     coder, y = Rounding(), model.encoder(x)
     y_hat = model.code_latents(coder, y, len(x))
@@ -173,7 +173,7 @@ def test_gaussians_are_coded_under_the_next_larger_scale() -> None:
 
 
 def test_frequencies_are_near_probabilities() -> None:
-    """Within what a sum of 2^16 and a frequency of at least 1 for each integer ask for."""
+    """Up to the differences due to the sum of 2^16 and the frequency of at least 1 for each integer."""
     tables = of("mbt2018-mean").frequency_tables()
     for row, scale in zip(range(4, 68), of("mbt2018-mean").scales.tolist(), strict=True):
         n, low = int(tables.length[row]), int(tables.offset[row])
@@ -181,7 +181,7 @@ def test_frequencies_are_near_probabilities() -> None:
         assert frequencies.sum() == 2**16 and frequencies.min() >= 1 and low == -(n - 3) // 2
         borders = np.arange(low - 0.5, low + n - 2)
         expected = np.diff(stats.norm.cdf(borders / scale)) * 2**16
-        # the rarest gives to all that would have none
+        # the rarest integer gives up one count for each integer that would have none
         assert np.abs(frequencies[:-1] - expected).max() < 2 + (expected < 0.5).sum()
         assert low == -math.ceil(scale * stats.norm.isf(0.5e-9)) or abs(low) == pytest.approx(scale * 6.109, rel=1e-3)
 
@@ -190,13 +190,13 @@ def test_frequencies_are_near_probabilities() -> None:
     ("mass", "expected"),
     [
         ([0.5, 0.5], [0, 32768, 65536]),
-        # the frequency that is missing comes from the rarest that has more than 1, the first of these
+        # a missing count is taken from the first of the rarest integers that have more than 1
         ([0.0, 0.5, 0.5], [0, 1, 32768, 65536]),
         ([0.75, 0.0, 0.25], [0, 49152, 49153, 65536]),
         ([0.25, 0.0, 0.0, 0.75], [0, 16382, 16383, 16384, 65536]),
-        # half of a frequency is rounded up, away from 0
+        # half counts are rounded away from 0
         ([2.5 / 65536, 3.5 / 65536, 65530 / 65536], [0, 2, 5, 65536]),
-        # scaled to the sum of 2^16, rounded down, and the last takes the rest
+        # scaled to the sum of 2^16 and rounded down; the last integer takes the rest
         ([0.5, 0.25, 0.125], [0, 37449, 56173, 65536]),
     ],
 )
@@ -211,7 +211,7 @@ def test_probabilities_without_a_table_are_refused(mass: list[float]) -> None:
 
 
 def coded(architecture: str) -> tuple[Any, Any, Any]:
-    """A model with distributions that fit its codes, what it codes, and its coder."""
+    """A model with distributions fitted to its codes, the symbols, and their coder."""
     model = of(architecture, (3, 192, 128)).float().train()
     x, optimizer = data(1, (3, 192, 128)).float(), torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(60):
@@ -225,8 +225,8 @@ def coded(architecture: str) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("architecture", ["bmshj2018-factorized", "mbt2018-mean", "mbt2018"])
-def test_streams_have_as_many_bits_as_the_distributions_say(architecture: str) -> None:
-    """But for a state of 64 bits a stream, and scales that are up to 13 % larger."""
+def test_stream_length_matches_entropy_bound(architecture: str) -> None:
+    """Up to a state of 64 bits per stream, and scales that are up to 13 % larger."""
     _, symbols, coder = coded(architecture)
     streams = coder.streams(symbols)
     bits = 8 * sum(len(stream) for (stream,) in streams)
@@ -237,8 +237,8 @@ def test_streams_have_as_many_bits_as_the_distributions_say(architecture: str) -
     assert np.array_equal(back, symbols)
 
 
-def by_fractions(symbols: list[int], rows: list[int], tables: Any) -> int:
-    """The state that rANS has without words: an integer of any size, as in Duda's paper."""
+def unbounded_state(symbols: list[int], rows: list[int], tables: Any) -> int:
+    """The rANS state as an integer of any size, without renormalisation, as in Duda's paper."""
     state = 1 << 31
     for symbol, row in zip(symbols[::-1], rows[::-1], strict=True):
         cdf = tables.cdf[row].tolist()
@@ -251,7 +251,7 @@ def by_fractions(symbols: list[int], rows: list[int], tables: Any) -> int:
 def test_short_streams_are_the_state_of_rans() -> None:
     tables = of("mbt2018-mean").frequency_tables()
     rows, symbols = np.array([67, 60]), np.array([100, -7])
-    state = by_fractions(symbols.tolist(), rows.tolist(), tables)
+    state = unbounded_state(symbols.tolist(), rows.tolist(), tables)
     assert state < 1 << 63
     assert rans.encode(symbols, rows, tables) == state.to_bytes(8, "little")
 
@@ -265,11 +265,11 @@ def test_integers_outside_of_tables_are_coded(far: int) -> None:
     content = rans.encode(symbols, rows, tables)
     lists = [row[:n] for row, n in zip(tables.cdf.tolist(), tables.length.tolist(), strict=True)]
     assert rans.Decoder(content, lists, tables.offset.tolist()).decode(rows.tolist()) == symbols.tolist()
-    # two nibbles and one more for each of the digits
+    # integers outside of the table need extra nibbles
     assert len(content) >= len(rans.encode(np.clip(symbols, low - 1, high + 1), rows, tables))
 
 
-def test_integers_without_room_are_refused() -> None:
+def test_too_large_integers_are_refused() -> None:
     _, symbols, coder = coded("bmshj2018-factorized")
     symbols[0, 0] = 2**29
     with pytest.raises(AezooError, match="gives codes above"):

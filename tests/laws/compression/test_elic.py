@@ -21,7 +21,7 @@ from compression_laws import (  # noqa: F401
 )
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 def test_elic_in_one_group_is_a_checkerboard() -> None:

@@ -30,7 +30,7 @@ import aezoo
 from aezoo.bases.entropy_coded import AdditiveNoise, Rounding
 from aezoo.errors import AezooError
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 LAMS = (0.002, 0.01, 0.03)
@@ -38,7 +38,7 @@ LAMS = (0.002, 0.01, 0.03)
 
 @pytest.mark.parametrize("training", [True, False])
 def test_unit_gains_equal_mean_scale_hyperprior(training: bool) -> None:
-    """Neutral limit, at each quality with its own lam, and in training with one."""
+    """At each quality with its own lam in evaluation; training uses one quality."""
     x = data()
     for lams in ((0.01,),) if training else ((0.01,), LAMS):
         one = small("gained_hyperprior", lams=lams).train(training)
@@ -113,7 +113,7 @@ def test_qualities_are_drawn_equally_often() -> None:
 
 
 def test_gains_learn_from_the_samples_of_their_quality() -> None:
-    """Those before rounding from rate and distortion, the inverse ones from distortion only."""
+    """The gains get gradients of rate and distortion, the inverse gains of distortion only."""
     model, x = small("gained_hyperprior", lams=LAMS).train(), data(2)
     torch.manual_seed(0)
     drawn = {*(3 * torch.rand(2)).long().tolist()}

@@ -19,11 +19,11 @@ from compression_laws import (  # noqa: F401
 )
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 def test_zero_means_equal_scale_hyperprior() -> None:
-    """Neutral limit: both with one positive side information and the same scales."""
+    """With zero means, the same scales, and codes that equal their magnitudes."""
     both = [small(name).eval() for name in ("scale_hyperprior", "mean_scale_hyperprior")]
     one, two = both
     two.load_state_dict({k: v for k, v in one.state_dict().items() if not k.startswith("hyper_decoder")}, strict=False)
@@ -32,14 +32,14 @@ def test_zero_means_equal_scale_hyperprior() -> None:
         for mine, its in zip(one.hyper_decoder.parameters(), two.hyper_decoder.parameters(), strict=True):
             if mine.shape == its.shape:
                 its.copy_(mine)
-        # the last layer is transposed: (in, out, ...)
+        # transposed convolution: (in, out, ...)
         weight, bias = [*two.hyper_decoder.parameters()][-2:]
         weight.zero_()
         bias.zero_()
         weight[:, channels:], bias[channels:] = [*one.hyper_decoder.parameters()][-2:]
         for model in both:
             model.encoder[-1].weight.abs_()
-            model.encoder[-1].bias.fill_(100.0)  # codes above 0, of which magnitudes are the same
+            model.encoder[-1].bias.fill_(100.0)  # positive codes equal their magnitudes
     x = data()
     terms = [model.loss(x) for model in both]
     for term in terms[0]:

@@ -20,7 +20,7 @@ from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F
 
 from aezoo.bases.entropy_coded import Rounding
 
-# ---- what is coded, and in which order -------------------------------------------------------------------------------
+# ---- coded symbols and their order -----------------------------------------------------------------------------------
 
 
 def test_scale_hyperprior_uses_magnitudes_with_zero_mean() -> None:

@@ -1,4 +1,4 @@
-"""Laws of the first stages of latent diffusion: who trains what, the adaptive weight, the start, the code's scale."""
+"""Laws of the first stages of latent diffusion: gradients of each player, the adaptive weight, settings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ def images(n: int = 6, seed: int = 7, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def last_layer(model: Any) -> nn.Parameter:
-    """W of a decoder whose layers stand in a row."""
+    """The last weight of a sequential decoder."""
     return [m.weight for m in model.decoder.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)][-1]
 
 
@@ -45,7 +45,7 @@ Tau = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def by_hand(model: Any, x: Tensor, tau: Tau = lambda x, z: (x, z)) -> dict[str, Tensor]:
-    """All terms, live in all parameters, by torch.distributions and autograd; tau gives samples and what is decoded."""
+    """All terms by torch.distributions, differentiable; tau maps x and z to targets and decoder inputs."""
     mu, log_var = model.encoder(x).chunk(2, 1)
     q = D.Normal(mu, (0.5 * log_var).exp())
     kl = D.kl_divergence(q, D.Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum((1, 2, 3)).mean()
@@ -75,13 +75,13 @@ def by_hand(model: Any, x: Tensor, tau: Tau = lambda x, z: (x, z)) -> dict[str, 
 
 
 def losses(model: Any, x: Tensor, started: bool = True, tau: Tau = lambda x, z: (x, z)) -> dict[str, Tensor]:
-    """What each player minimises."""
+    """The losses that the autoencoder and the discriminator minimise."""
     terms = by_hand(model, x, tau)
     game = model.discriminator_weight * terms["adaptive_weight"] * terms["adversarial"]
     return {"autoencoder": terms["loss"] + started * game, "discriminator": started * terms["discriminator"]}
 
 
-# ---- what it takes ---------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["autoencoder_kl", "asymmetric_kl", "vqgan"])

@@ -44,7 +44,7 @@ def mask(n: int = 6, grid: tuple[int, ...] = SHAPE[1:], seed: int = 3) -> Tensor
 
 
 def drawn(model: Any, x: Tensor) -> Tensor:
-    """The mask of a step, patch by patch, by the draws after that of the code."""
+    """The mask of a training step, from the random numbers after those of the code."""
     full, share = (torch.rand(len(x), 1)[:, 0].tolist() for _ in range(2))
     of_patch = torch.rand(len(x), model.patchify.n).tolist()
     sides = Patchify((1, *x.shape[2:])).sides
@@ -78,7 +78,7 @@ def test_full_mask_equals_autoencoder_kl(net: str, training: bool, shifted: Any)
     for term, value in found[1].items():
         torch.testing.assert_close(found[0][term], value, rtol=1e-9, atol=1e-12, msg=term)
     for mine, theirs in zip(*gradients, strict=True):
-        assert theirs.any() or theirs.numel() == 1  # the bias of all judgements cancels in a hinge
+        assert theirs.any() or theirs.numel() == 1  # the last bias of the discriminator cancels in the hinge loss
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     of_sight = [*model.decoder.condition.parameters()]
     none = torch.autograd.grad(found[0]["loss"], of_sight, allow_unused=True)
@@ -91,7 +91,7 @@ def test_full_mask_equals_autoencoder_kl(net: str, training: bool, shifted: Any)
 
 @pytest.mark.parametrize("shape", [SHAPE, (1, 8, 8), (3, 11), (1, 5, 4, 3)])
 def test_condition_maps_are_computed_from_visible_values(shape: tuple[int, ...], shifted: Any) -> None:
-    """Place by place; a place of a smaller map is the first of those that it stands for in the mask."""
+    """A position of a smaller map reads the mask at the first of the positions that it covers."""
     model, x = model_of(shifted, input_shape=shape), images(4, shape=shape)
     z, visible = torch.randn(4, *model.code_shape, dtype=torch.float64), mask(4, shape[1:])
     seen = x.clone()
@@ -119,7 +119,7 @@ def test_gradient_reaches_visible_values_only(shifted: Any) -> None:
     of_x, of_z = torch.autograd.grad(model.decoder(z, x, visible).square().sum(), (x, z))
     assert not of_x[~visible.expand_as(x)].any() and (of_x[visible.expand_as(x)] != 0).all()
     assert of_z.any()
-    # the outermost map, and so the image, is of the visible alone where all is
+    # with all values visible, the image does not depend on the code
     (of_z,) = torch.autograd.grad(model.decoder(z, x, torch.ones_like(visible)).sum(), z, allow_unused=True)
     assert of_z is None or not of_z.any()
 
@@ -146,7 +146,7 @@ def test_last_layer_is_found_behind_condition_maps(net: str, shifted: Any) -> No
     torch.testing.assert_close(to_last(g), expected)
 
 
-# ---- a step ----------------------------------------------------------------------------------------------------------
+# ---- training steps --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_terms_and_gradients_match_visible_decoding(full_mask: float, shifted: A
 
 @pytest.mark.parametrize("full_mask", [0.0, 0.3, 1.0])
 def test_masking_hides_full_images_or_uniform_shares(full_mask: float) -> None:
-    """Which is uniform: mean 1/2 and variance 1/12, and that of 20 patches of which each has its own chance."""
+    """The visible share s is uniform: mean 1/2, variance 1/12, plus the variance of 20 independently drawn patches."""
     model: Any = small("asymmetric_kl", full_mask=full_mask)
     visible = model.visible(torch.zeros(4000, *SHAPE))
     assert visible.shape == (4000, 1, *SHAPE[1:]) and visible.dtype == torch.bool
@@ -187,7 +187,7 @@ def test_masking_hides_full_images_or_uniform_shares(full_mask: float) -> None:
     assert model.patchify.n == 20 and torch.equal(patches, of_patch[..., None] * model.patchify.real_NP)
     shares = of_patch.mean(1)
     hidden = shares == 0
-    # all 20 are hidden one by one, too, of one image in 21
+    # with a uniform share, all 20 patches are hidden in one image of 21
     assert hidden.double().mean().item() == pytest.approx(full_mask + (1 - full_mask) / 21, abs=0.03)
     if full_mask < 1:
         torch.manual_seed(5)
@@ -241,7 +241,7 @@ def test_codes_of_wrong_shape_are_refused() -> None:
 
 @pytest.mark.slow
 def test_training_uses_visible_values(digits: Tensor) -> None:
-    """After 150 steps: with a half in sight the decoder errs less there than blind, and blind it decodes as well."""
+    """After 150 steps: visible values have a lower error, and decoding without any is better than the mean image."""
     torch.manual_seed(0)
     x = digits[:1024].float()
     settings: dict[str, Any] = {"hidden_dims": (12,), "latent_dim": 1, "lr": 3e-3, "discriminator_weight": 0.0}

@@ -71,7 +71,7 @@ def test_each_player_gets_only_its_own_gradient(likelihood: str, shifted: Any) -
     found = {
         player: torch.autograd.grad(terms["loss"], part, retain_graph=True) for player, part in sets(model).items()
     }
-    # nothing of the other player's loss: the discriminator's is cut off from the data term and the reverse
+    # neither player gets a gradient from the other's loss
     grads = torch.autograd.grad(
         terms["discriminator"], sets(model)["autoencoder"], allow_unused=True, retain_graph=True
     )
@@ -93,7 +93,7 @@ def test_each_player_gets_only_its_own_gradient(likelihood: str, shifted: Any) -
 
 
 def test_perceptual_distance_is_scaled_by_number_of_values() -> None:
-    """The authors' reduction: the distance, (B, 1, 1, 1), is added to |x - xhat|, (B, C, H, W), and all is summed."""
+    """As in the authors' code: the distance, (B, 1, 1, 1), is added to |x - xhat|, (B, C, H, W), before the sum."""
     model, x = small(perceptual_weight=1.0, likelihood="laplace"), images()
     torch.manual_seed(3)
     terms = model.loss(x)
@@ -108,7 +108,7 @@ def test_perceptual_distance_is_scaled_by_number_of_values() -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where torchvision's weights of VGG-16 lie once they are fetched; the folder is empty."""
+    """The path of torchvision's VGG-16 weights in an empty torch.hub folder."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     return cached_file("vgg16")
@@ -118,7 +118,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_lpips_matches_torchmetrics(channels: int, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
-    # without the classifier, which has nine tenths of the weights
+    # without the classifier, which has 90 % of the weights
     monkeypatch.setattr(torchvision.models, "vgg16", lambda **_: SimpleNamespace(features=layers))
     reference = LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True, reduction="none")
     torch.save({f"features.{key}": value for key, value in layers.state_dict().items()}, hub)
@@ -236,7 +236,7 @@ def test_draw_densities_match_torch_distributions(shifted: Any) -> None:
 
 @pytest.mark.parametrize("factor", [0.3, 30.0])
 def test_adversarial_gradient_is_invariant_to_critic_scale(factor: float, shifted: Any) -> None:
-    """Logits a factor larger: lambda is that much smaller, and what reaches the autoencoder the same."""
+    """With logits scaled by a factor, lambda is divided by it, and the autoencoder's gradient does not change."""
     model, x = shifted(small(features="none", beta=0.0)), images()
     weights, moves = [], []
     for scale in (1.0, factor):
@@ -251,7 +251,7 @@ def test_adversarial_gradient_is_invariant_to_critic_scale(factor: float, shifte
         moves.append(torch.cat([(a - b).flatten() for a, b in zip(whole, alone, strict=True)]))
         at_w = last_layer(model)
         whole, alone = (torch.autograd.grad(terms[t], at_w, retain_graph=True)[0] for t in ("loss", "nll"))
-        # w_D = 1/2 of the reconstruction's gradient at the last layer, whatever the discriminator says
+        # the norm is w_D = 1/2 of that of the reconstruction's gradient at the last layer
         assert (whole - alone).norm().item() == pytest.approx(0.5 * alone.norm().item(), rel=0.05)  # type: ignore[attr-defined]
     assert weights[0] / weights[1] == pytest.approx(factor, rel=0.05)
     torch.testing.assert_close(moves[0], moves[1], rtol=0.05, atol=1e-3 * moves[0].abs().max().item())
@@ -269,7 +269,7 @@ def test_adaptive_weight_is_capped(shifted: Any) -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_the_last_layer_is_found_in_every_network(net: str, shifted: Any) -> None:
-    """Of the output's gradient in W, by autograd; the weight is the last that the pass reads."""
+    """The gradient at the last weight by autograd; it is the weight of the last layer called."""
     model = shifted(small(net=net))
     z = torch.randn(2, *model.code_shape, dtype=torch.float64)
     out, to_last = last_layer_vjp(model.decoder, z)
@@ -299,7 +299,7 @@ def test_each_player_has_its_group_with_published_betas() -> None:
 def test_steps_equal_two_optimisers_with_late_start(
     start: int, shifted: Any, quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six steps of the real loop against Adams by hand; before the start the model is a VAE with these terms."""
+    """Six steps of the real loop and of two Adam optimisers; before the start the model is a VAE with these terms."""
     monkeypatch.setattr(
         "aezoo.speed.memory_format.to_channels_last", lambda model: False
     )  # noise is drawn as codes lie
@@ -351,11 +351,11 @@ def test_two_ranks_equal_one_process(settings: dict[str, Any], shifted: Any) -> 
     assert (alone.copies[0].standardiser.std_C - one.standardiser.std_C).abs().max() > 1e-4
 
 
-# ---- the code's scale ------------------------------------------------------------------------------------------------
+# ---- scale of the code -----------------------------------------------------------------------------------------------
 
 
 def test_bf16_model_keeps_float32_moments() -> None:
-    """From codes of mean 1 and deviation 1 to 1.3 times that: steps of 0.003 and less, and bf16 has 1/128 about 1."""
+    """Moments go from 1 to 1.3 in steps of at most 0.003, where the spacing of bf16 is 1/128."""
     model = small().float().bfloat16()
     module, z = model.standardiser, torch.tensor([0.0, 2.0]).expand(2, 3, 2)
     for step in range(1500):
@@ -382,7 +382,7 @@ def test_samples_are_decoded_draws_with_the_moments_of_the_codes(shifted: Any, q
     assert torch.equal(model.standardiser.mean_C, before)
 
 
-# ---- what it takes ---------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

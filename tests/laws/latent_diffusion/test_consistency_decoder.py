@@ -1,4 +1,4 @@
-"""Laws of the consistency decoder: preconditioning, levels, the ODE's solution, what trains what, and its U-Net."""
+"""Laws of the consistency decoder: preconditioning, noise levels, the ODE's solution, gradients, and its U-Net."""
 
 import math
 from collections.abc import Callable
@@ -42,13 +42,13 @@ def codes(model: Any, n: int = 6) -> Tensor:
 
 
 def levels(N: int, s_0: float = S_0, s_N: float = S_N) -> np.ndarray:
-    """All of them, rising: equation 5 of Karras et al. 2022, read backwards."""
+    """All levels in ascending order: equation 5 of Karras et al. 2022, reversed."""
     found: np.ndarray = np.linspace(s_0 ** (1 / 7), s_N ** (1 / 7), N + 1) ** 7
     return found
 
 
 class Given(nn.Module):
-    """A net that notes what it gets and returns what it is told."""
+    """A network that records its inputs and returns a function of them."""
 
     def __init__(self, make: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_decoding_is_one_step_from_mean_of_maximum_noise(shifted: Any) -> None:
 @pytest.mark.parametrize("sigmas", [(0.002, 80.0), (0.05, 10.0)])
 @pytest.mark.parametrize("N", [1, 2, 10, 37])
 def test_noise_level_distribution_matches_paper(N: int, sigmas: tuple[float, float]) -> None:
-    """Each u is a share of the draws; figures of section 3.5 and equation 5 of Song & Dhariwal."""
+    """Evenly spaced u, with the values of section 3.5 and equation 5 of Song & Dhariwal."""
     model, n_u = small(sigma_min=sigmas[0], sigma_max=sigmas[1]), 200_000
     u = (torch.arange(n_u, dtype=torch.float64) + 0.5) / n_u
     low, high = model.pair(u, torch.tensor(float(N)))
@@ -128,14 +128,14 @@ def test_float32_noise_levels_reach_both_ends(N: int) -> None:
 
 @pytest.mark.parametrize(("s0", "s1", "K"), [(10, 160, 1000), (10, 1280, 800), (2, 12, 40), (7, 7, 30), (1, 100, 7)])
 def test_noise_level_count_doubles_as_in_paper(s0: int, s1: int, K: int) -> None:
-    """N(k) = min(s0 2^floor(k / K'), s1) with K' = K / (log2(s1 / s0) + 1), equation 4 there, which rounds K' down."""
+    """N(k) = min(s0 2^floor(k / K'), s1) with K' = K / (log2(s1 / s0) + 1); equation 4 there rounds K' down."""
     model = small(start_noise_levels=s0, noise_levels=s1, level_steps=K)
     found = []
     for k in range(0, K + 5, max(1, K // 97)):
         model.steps.fill_(k)
         found.append(int(model.n_levels()))
         after = k * (math.log2(s1 / s0) + 1) / K
-        # where a doubling falls on a step, rounding says which side it is on
+        # at a doubling, rounding decides
         either = {min(s0 * 2 ** math.floor(after + eps), s1) for eps in (-1e-6, 1e-6)}
         assert found[-1] in either
     assert found[0] == s0 and found[-1] == s1 and found == sorted(found)
@@ -146,7 +146,7 @@ def test_zero_level_steps_use_all_levels() -> None:
     assert model.n_levels() == 50
 
 
-# ---- what is compared ------------------------------------------------------------------------------------------------
+# ---- consistency loss ------------------------------------------------------------------------------------------------
 
 
 def by_hand(model: Any, x: Tensor, N: int, stopped: bool = True) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def test_the_target_gets_no_gradient(shifted: Any) -> None:
 
 
 def test_ema_target_keeps_full_precision_weights(shifted: Any) -> None:
-    """Autocast keeps the weights that it rounds: those of a pass without gradient would leave none to the other."""
+    """Autocast caches rounded weights: those of the pass without gradient must not be used in the other pass."""
     model, x = shifted(small(nll_weight=0.0)).float(), images(64).float()
     grads = []
     for half in (False, True):
@@ -219,7 +219,7 @@ def test_ema_target_keeps_full_precision_weights(shifted: Any) -> None:
 
 
 def test_single_level_uses_sample_as_target(shifted: Any) -> None:
-    """From s_N to s_0 in one step: the reconstruction, but for the distance and the draws of noise."""
+    """One step from s_N to s_0, a reconstruction."""
     model, x = shifted(small(start_noise_levels=1, noise_levels=1)), images()
     z = model.encode(x).detach()
     torch.manual_seed(3)
@@ -233,7 +233,7 @@ def test_single_level_uses_sample_as_target(shifted: Any) -> None:
     torch.testing.assert_close(found, expected / (S_N - S_0))
 
 
-# ---- Gaussian data, of which the ODE is solved -----------------------------------------------------------------------
+# ---- Gaussian data, for which the ODE has a closed-form solution -----------------------------------------------------
 
 
 M, S = 0.4, 0.3
@@ -244,7 +244,7 @@ def solution(x: Any, sigma: Any) -> Any:
 
 
 def trajectory(x: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """Of dx / ds = -s d/dx log p_s(x) with p_s = N(M, S^2 + s^2), from the largest noise down: (n, D) by (D,)."""
+    """Solution of dx / ds = -s d/dx log p_s(x), p_s = N(M, S^2 + s^2), from the largest noise down: (n, D) by (D,)."""
     found = integrate.solve_ivp(
         lambda s, x: s * (x - M) / (S**2 + s**2),
         (sigmas[-1], sigmas[0]),
@@ -258,7 +258,7 @@ def trajectory(x: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
 
 
 class Solved(nn.Module):
-    """F of the solution, whose exponent of 1/2 is p."""
+    """F of the closed-form solution, with an exponent p instead of 1/2."""
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_exact_ode_solution_is_consistent_along_trajectory() -> None:
 
 
 def test_training_without_a_teacher_tends_to_the_ode_s_solution() -> None:
-    """Where its slope is 0, by the secant of two exponents, is as near to 1/2 as levels are close (theorem 2)."""
+    """The exponent of zero slope, by the secant method, tends to 1/2 as levels get closer (theorem 2)."""
     off = []
     for N in (10, 40):
         model, slopes = small(start_noise_levels=N, noise_levels=N), []
@@ -301,7 +301,7 @@ def test_training_without_a_teacher_tends_to_the_ode_s_solution() -> None:
     assert off[1] < 0.01 and off[0] / off[1] == pytest.approx(4, rel=0.15)
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
+# ---- invalid settings ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_unmodulated_block_equals_residual_block() -> None:
         block.film.weight.zero_()
         block.film.bias.zero_()
         torch.testing.assert_close(block(x, level), plain(x))
-        # a scale of -1 leaves the shift only
+        # with a scale of -1 only the shift remains
         block.film.bias[:8], block.film.bias[8:] = -1.0, torch.arange(8.0)
         h = F.silu(torch.arange(8.0, dtype=torch.float64)).view(1, 8, 1, 1).expand(3, 8, 5, 4)
         torch.testing.assert_close(block(x, level), x + plain.body[5](h))
@@ -364,4 +364,4 @@ def test_output_depends_on_sample_noise_level_and_code(grid: tuple[int, ...], di
     out = net(*given)
     assert out.shape == (2, 2, *grid)
     for part in torch.autograd.grad(out[0].square().sum(), given):
-        assert part[0].any() and not part[1].any()  # and no other sample
+        assert part[0].any() and not part[1].any()  # but not on other samples

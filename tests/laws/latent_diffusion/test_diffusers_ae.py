@@ -1,4 +1,4 @@
-"""Models of diffusers under the zoo's contract: beside diffusers itself, their losses by hand, what is refused."""
+"""Models of diffusers in the zoo: comparison with diffusers itself, explicit losses, and invalid settings."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from aezoo.testing import check_export
 SHAPE, SQUARE = (3, 12, 16), (3, 16, 16)
 
 
-# with attention, which the small ones leave out, and more channels of a code than of a sample
+# with attention, which small models do not have, and more code channels than image channels
 MORE: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {"mid_block_add_attention": True, "latent_channels": 5},
     "VQModel": {"mid_block_add_attention": True, "num_vq_embeddings": 7, "vq_embed_dim": 5},
@@ -50,7 +50,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 
 
 def theirs(kind: str, **settings: Any) -> Any:
-    """A model of diffusers, all of its weights away from where they start."""
+    """A model of diffusers, with random offsets added to its initial weights."""
     torch.manual_seed(0)
     net: Any = getattr(diffusers, kind)(**{**KINDS[kind], **MORE.get(kind, {}), **_channels(kind, 3), **settings})
     with torch.no_grad():
@@ -90,7 +90,7 @@ def images(n: int = 4, shape: tuple[int, ...] = SHAPE, **how: Any) -> Tensor:
     return torch.rand(n, *shape, generator=torch.Generator().manual_seed(7), **how)
 
 
-# ---- as diffusers computes it ----------------------------------------------------------------------------------------
+# ---- comparison with diffusers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -105,8 +105,8 @@ def test_codes_and_reconstructions_match_diffusers(kind: str, tmp_path: Path) ->
     x_hat = decoded(net, z)
     torch.testing.assert_close(model.decode(z), x_hat, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(x), x_hat, rtol=1e-6, atol=1e-6)
-    assert x_hat.std() > 0.01  # something is compared
-    # the first rounds the code to bytes, the others draw noise or take samples in [0, 1]
+    assert x_hat.std() > 0.01  # not a constant image
+    # forward rounds the code of the first kind to bytes, draws noise in the second, and reads [0, 1] in the third
     if kind not in ("AutoencoderTiny", CONSISTENCY, RAE):
         torch.testing.assert_close(model(x), net(2 * x - 1).sample / 2 + 0.5, rtol=1e-6, atol=1e-6)
 
@@ -153,7 +153,7 @@ def test_number_of_blocks_follows_given_widths(kind: str) -> None:
 
 
 def test_legacy_attention_weight_names_are_loaded(tmp_path: Path) -> None:
-    """Those of Stable Diffusion are stored so; diffusers itself knows the names."""
+    """Checkpoints of Stable Diffusion have these names, which diffusers maps to its own."""
     net, x = stored("AutoencoderKL", tmp_path), images()
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = load_file(tmp_path / WEIGHTS)
@@ -179,7 +179,7 @@ def test_half_precision_weights_load_as_trainable_float32(tmp_path: Path) -> Non
 @every
 @torch.no_grad()
 def test_large_batch_matches_small_batch(kind: str, tmp_path: Path) -> None:
-    """From 64 on diffusers goes another way."""
+    """From 64 samples on, diffusers uses another algorithm."""
     net, x = stored(kind, tmp_path).double(), images(70, shape_of(kind), dtype=torch.float64)
     model = ours(tmp_path, kind).double().eval()
     torch.testing.assert_close(model(x)[:4], model(x[:4]))
@@ -230,13 +230,13 @@ def test_the_loss_of_vqmodel_by_hand() -> None:
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
-    # each term moves its own side only
+    # codebook trains the codes only, commitment the encoder only
     weights = [*model.encoder.parameters()]
     of_book = torch.autograd.grad(terms["codebook"], [codebook, *weights], retain_graph=True, allow_unused=True)
     assert of_book[0] is not None and of_book[0].any() and all(g is None for g in of_book[1:])
     of_codes = torch.autograd.grad(terms["commitment"], [codebook, *weights], retain_graph=True, allow_unused=True)
     assert of_codes[0] is None and all(g is not None and g.any() for g in of_codes[1:])
-    # the reconstruction's gradient passes the codebook by
+    # the reconstruction has no gradient with respect to the codes
     of_nll = torch.autograd.grad(terms["nll"], [codebook, *weights], allow_unused=True)
     assert of_nll[0] is None and all(g is not None for g in of_nll[1:])
 
@@ -269,12 +269,12 @@ def test_training_moves_all_weights_and_the_loss_falls(kind: str) -> None:
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     frozen = {name for name in before if "condition_encoder" in name or (kind == RAE and name.startswith("encoder."))}
     assert still == frozen and bool(frozen) == (kind in ("AsymmetricAutoencoderKL", RAE))
-    # two processes would wait for its gradient
+    # with frozen parameters that require gradients, DDP would wait for them
     assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def test_the_loss_of_a_consistency_decoder_by_hand() -> None:
-    """f, its noise and its steps are those of the scheduler of diffusers, and the distance is that of the paper."""
+    """f, its noise and its steps as in the scheduler of diffusers, and the distance of the paper."""
     model = new(CONSISTENCY, SHAPE, beta=0.3, likelihood="laplace:0.2").double()
     x = images(6, dtype=torch.float64)
     with torch.no_grad():
@@ -321,14 +321,14 @@ def test_the_loss_of_a_consistency_decoder_by_hand() -> None:
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-6, atol=0)
-    # the target has no gradient, and all weights have one
+    # all weights have a gradient
     names, weights = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(terms["consistency"], weights, retain_graph=True, allow_unused=True)
     missing = {name for name, g in zip(names, grads, strict=True) if g is None}
     assert missing <= {"likelihood.log_scale"}
     by_hand = torch.autograd.grad(sum(consistency) / len(x), [unet.conv_out.weight], retain_graph=True)[0]
     found = torch.autograd.grad(terms["consistency"], [unet.conv_out.weight])[0]
-    assert not torch.allclose(found, by_hand)  # there, the target has one
+    assert not torch.allclose(found, by_hand)  # in by_hand the target has a gradient, too
 
 
 def test_first_step_of_consistency_is_compared_with_the_sample(monkeypatch: Any) -> None:
@@ -348,7 +348,7 @@ def test_first_step_of_consistency_is_compared_with_the_sample(monkeypatch: Any)
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_consistency_decoder_draws_what_diffusers_draws(tmp_path: Path) -> None:
+def test_consistency_decoder_samples_match_diffusers(tmp_path: Path) -> None:
     net, x = stored(CONSISTENCY, tmp_path), images()
     model = ours(tmp_path).eval()
     z = model.encode(x)
@@ -358,8 +358,8 @@ def test_a_consistency_decoder_draws_what_diffusers_draws(tmp_path: Path) -> Non
         torch.testing.assert_close(x_hat, expected, rtol=1e-6, atol=1e-6)
     assert (found[0] - found[1]).abs().max() > 1e-3
     assert torch.equal(model.decode(z), model.decode(z))
-    torch.testing.assert_close(model.decode(z)[:1], model.decode(z[:1]))  # the noise of a code is that of all
-    # of another size than that of the model, too
+    torch.testing.assert_close(model.decode(z)[:1], model.decode(z[:1]))  # every sample has the same noise
+    # also for codes of another size than the model's
     z = torch.randn(2, 4, 7, 5)
     torch.testing.assert_close(model.decode(z), decoded(net, z), rtol=1e-6, atol=1e-6)
     assert torch.equal(aezoo.at_size(model, (14, 10)).decode(z), model.decode(z))
@@ -385,7 +385,7 @@ def test_the_loss_of_a_representation_autoencoder_by_hand(stats: dict[str, Any],
     for training in (True, False):
         torch.manual_seed(3)
         terms = model.train(training).loss(x)
-        # theirs adds noise in training, by the same random numbers
+        # diffusers adds noise in training, from the same random numbers
         torch.manual_seed(3)
         z = net.train(training).encode(x).latent
         assert torch.equal(z, clean) != training
@@ -396,7 +396,7 @@ def test_the_loss_of_a_representation_autoencoder_by_hand(stats: dict[str, Any],
         assert terms.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(terms[name], value)
-    torch.testing.assert_close(model.train().encode(x), clean)  # a code has no noise
+    torch.testing.assert_close(model.train().encode(x), clean)  # the code has no noise
     plain = new(RAE, SQUARE, config=stats, likelihood="laplace:0.2").double()
     assert plain.loss(x).keys() == {"loss", "nll"}
 
@@ -404,7 +404,7 @@ def test_the_loss_of_a_representation_autoencoder_by_hand(stats: dict[str, Any],
 @pytest.mark.parametrize("kind", ["dinov2", "siglip2", "mae"])
 @torch.no_grad()
 def test_each_encoder_of_a_representation_autoencoder(kind: str) -> None:
-    """Compared with the network of transformers: patches only, without a class token or registers."""
+    """Compared with the network of transformers: patch tokens only, without class and register tokens."""
     import transformers
 
     patch = 14 if kind == "dinov2" else 16
@@ -462,12 +462,12 @@ def test_run_from_pretrained_folder_continues_without_it(tmp_path: Path, monkeyp
     assert model.hparams["pretrained"] == "none"
     start = net.state_dict()["encoder.conv_in.weight"]
     found = model.state_dict()["encoder.net.encoder.conv_in.weight"]
-    assert not torch.equal(found, start) and (found - start).abs().max() < 0.01  # two steps from where it began
+    assert not torch.equal(found, start) and (found - start).abs().max() < 0.01  # two steps from the pretrained weights
 
 
 @pytest.mark.slow
 def test_config_without_argument_uses_class_default(tmp_path: Path) -> None:
-    """An argument that a file does not have is the class's own, not that of our small model."""
+    """An argument missing in the file has the default of the class, not that of our small model."""
     stored("AutoencoderKL", tmp_path, norm_num_groups=32)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
@@ -480,7 +480,7 @@ def test_config_without_argument_uses_class_default(tmp_path: Path) -> None:
         assert torch.equal(again(images()), model.eval()(images()))
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- invalid settings ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def resized(x: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Between the two nearest points along each axis; points are the middles of cells, which fill the same together."""
+    """Linear interpolation between cell centres along each axis."""
     for axis, (n, m) in enumerate(zip(x.shape[2:], grid, strict=True), start=2):
         at = ((torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5).clamp(0, n - 1)
         low = at.floor().long()
@@ -47,14 +47,14 @@ def turned(x: Tensor, quarters: int) -> Tensor:
 
 
 def tau_of_draws(model: Any) -> Tau:
-    """Tau by three draws after that of the code."""
+    """Tau from the three random numbers after those of the code."""
 
     def tau(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         share, turn, factor = (torch.rand(()).item() for _ in range(3))
         if share >= model.equivariance:
             return x, z
         quarters, factor = (1, 2, 3)[int(turn * 3)], 0.25 + 0.75 * factor
-        for _ in range(quarters):  # a quarter is a transposition, and the first axis turned over
+        for _ in range(quarters):  # a quarter turn is a transposition and a flip of the first axis
             x, z = (part.transpose(2, 3).flip(2) for part in (x, z))
         z = resized(z, tuple(max(1, round(side * factor)) for side in z.shape[2:]))
         return resized(x, model.decoder(z).shape[2:]), z
@@ -105,7 +105,7 @@ def test_transformed_images_match_decoded_size(net: str, shape: tuple[int, ...])
 
 
 class Codes(nn.Module):
-    """An encoder of what a function makes of images, with a variance next to 0."""
+    """An encoder whose mean is a function of the images, with almost no variance."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Codes(nn.Module):
 
 
 class Images(nn.Module):
-    """A decoder of a function, after a layer that changes nothing."""
+    """A decoder that is a function, after an identity layer."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], channels: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Images(nn.Module):
 
 
 def test_equivariant_autoencoder_has_zero_penalty() -> None:
-    """The identity does; one that adds to each place another number, and takes it off again, does not."""
+    """No penalty for the identity; one for an encoder that adds, and a decoder that subtracts, a value per position."""
     model: Any = small("eq_vae", input_shape=(2, 8, 8), latent_dim=2, hidden_dims=(), equivariance=1.0)
     model.likelihood = small(likelihood="laplace").likelihood
     x, places = images(shape=(2, 8, 8)), torch.arange(64.0, dtype=torch.float64).view(8, 8)

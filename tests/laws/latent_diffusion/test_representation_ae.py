@@ -1,4 +1,4 @@
-"""Laws of the representation autoencoder: an encoder that stays as it is, its codes' moments, noise and players."""
+"""Laws of the representation autoencoder: frozen encoder, moments of codes, noise, and gradients of each player."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
 
 
 def taught(name: str, folder: Path, shifted: Any) -> tuple[Any, dict[str, Any]]:
-    """A model of the zoo, in float64, and the arguments that name it."""
+    """A float64 model of the zoo, and the arguments that refer to it."""
     torch.manual_seed(1)
     model = shifted(aezoo.create_model(name, SHAPE, **TEACHERS[name]))
     path = save_model(model, folder / name)
@@ -55,12 +55,12 @@ def small(**settings: Any) -> Any:
 
 
 def rows(codes: Tensor) -> Tensor:
-    """Channels, each with its values: (B, C, ...) -> (C, N)."""
+    """The values of each channel: (B, C, ...) -> (C, N)."""
     return codes.transpose(0, 1).flatten(1)
 
 
 def size(value: Tensor, of: list[nn.Parameter]) -> float:
-    """The norm of a gradient, 0 where there is none."""
+    """The norm of a gradient, or 0 without one."""
     found = torch.autograd.grad(value, of, allow_unused=True, retain_graph=True)
     return math.sqrt(sum(float((g**2).sum()) for g in found if g is not None))
 
@@ -159,13 +159,13 @@ def test_resumed_run_with_teacher_matches_uninterrupted_run(
     assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
 
 
-# ---- the codes' moments ----------------------------------------------------------------------------------------------
+# ---- moments of codes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mae", "vae", "none"])
 def test_training_codes_are_standardised(name: str, tmp_path: Path, shifted: Any, quiet: Any) -> None:
-    """After two epochs, although batches differ."""
+    """Batches have different means, so the moments are those of both epochs."""
     batches = [(seed + 1) / 4 * images(6, seed).float() for seed in range(4)]
     how: dict[str, Any] = {} if name == "none" else taught(name, tmp_path, shifted)[1]
     model = small(**how).float()
@@ -178,7 +178,7 @@ def test_training_codes_are_standardised(name: str, tmp_path: Path, shifted: Any
 
 
 def test_normaliser_weighs_batches_equally(teacher: tuple[Any, dict[str, Any]]) -> None:
-    """After 399 batches of mean 0 and variance 1 another one has a share of 1 in 400."""
+    """After 399 batches of mean 0 and variance 1, the next one has a weight of 1 / 400."""
     other, how = teacher
     model, x = small(**how), images()
     model.normaliser.count.fill_(399)
@@ -202,10 +202,10 @@ def test_evaluation_does_not_update_moments(teacher: tuple[Any, dict[str, Any]])
 
 @pytest.mark.slow
 def test_noise_scale_is_half_normal_tau() -> None:
-    """Moments of n = sigma e with sigma ~ |N(0, tau^2)|, e ~ N(0, I): those of sigma times those of e.
+    """Moments of n = sigma e with sigma ~ |N(0, tau^2)|, e ~ N(0, I) are products of those of sigma and e.
 
-    E n = 0, E |n| = tau 2 / pi, E n^2 = tau^2, E n^4 = 3 tau^2 3 tau^2, and of two places of one sample E n^2 m^2 =
-    3 tau^4, which would be tau^4 if each place had a sigma of its own. Bounds are of 4 deviations of the mean.
+    E n = 0, E |n| = tau 2 / pi, E n^2 = tau^2, E n^4 = 9 tau^4, and for two positions of a sample E n^2 m^2 = 3 tau^4,
+    which would be tau^4 if each position had its own sigma. Bounds are 4 standard errors.
     """
     tau, n = 0.6, 200_000
     model = small(tau=tau)
@@ -217,7 +217,7 @@ def test_noise_scale_is_half_normal_tau() -> None:
     wanted += [(one**2 * two**2, 3 * tau**4), (one * two, 0.0)]
     for values, mean in wanted:
         assert abs(values.mean().item() - mean) < 4 * values.std().item() / math.sqrt(n)
-    # |n| of many places tells a sample's sigma, whose distribution is the half-normal one
+    # the mean square of many positions is sigma^2, and sigma is half-normal
     sigma = (model.noised(torch.zeros(2000, 1, 50, 50, dtype=torch.float64)).flatten(1) ** 2).mean(1).sqrt()
     for share in (0.1, 0.5, 0.9):
         below = D.HalfNormal(tau).icdf(torch.tensor(share)).item()
@@ -229,7 +229,7 @@ def test_tau_0_gives_equal_training_and_evaluation_loss(name: str, tmp_path: Pat
     _, how = taught(name, tmp_path, shifted)
     model, x = shifted(small(**how, tau=0.0)), images()
     trained = model.train().loss(x)
-    # with the moments of that step
+    # evaluation uses the moments updated by the training step
     evaluated = model.eval().loss(x)
     for term, value in trained.items():
         torch.testing.assert_close(evaluated[term], value, rtol=1e-5, atol=1e-6)
@@ -261,7 +261,7 @@ def test_the_decoder_receives_noise_only_in_training(teacher: tuple[Any, dict[st
 
 
 def by_hand(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """R and the players' losses in evaluation, all parameters live, the image the Laplace's location."""
+    """The reconstruction terms and both players' losses in evaluation, differentiable."""
     x_hat = model.decoder(model.encode(x))
     log_p = D.Laplace(x_hat, 1.0).log_prob(x).sum((1, 2, 3))
     pairs = zip(model.distance.read()(x_hat), model.distance.read()(x), strict=True)
@@ -303,7 +303,7 @@ def test_single_backward_gives_each_network_its_gradient(
 
 @pytest.mark.parametrize("scale", [1e-3, 0.0])
 def test_lambda_is_capped_relative_to_mean_loss(scale: float, shifted: Any) -> None:
-    """The authors cap the lambda of a mean over the X values at 1e4, which is 1e4 X of the sum."""
+    """The authors cap lambda at 1e4 for a mean over the X values, that is, at 1e4 X for a sum."""
     model, x = shifted(small(perceptual_weight=1.0 if scale else 1e4)).eval(), images()
     with torch.no_grad():
         model.discriminator[-1].weight *= scale

@@ -1,4 +1,4 @@
-"""Laws of the tiny autoencoder: what each half learns of its teacher, and its size."""
+"""Laws of the tiny autoencoder: the losses of its encoder and decoder, and its size."""
 
 import copy
 from pathlib import Path
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture
 def teacher(tmp_path: Path, shifted: Any) -> tuple[Any, str]:
-    """A first stage of latent diffusion that has seen codes, in float64, and where it is saved."""
+    """A float64 first stage of latent diffusion with code moments, and the path where it is saved."""
     model = shifted(aezoo.create_model("autoencoder_kl", SHAPE, latent_dim=3, hidden_dims=(8, 6)))
     model.standardiser.mean_C.copy_(torch.tensor([0.5, -1.0, 2.0]))
     model.standardiser.std_C.copy_(torch.tensor([2.0, 0.5, 3.0]))
@@ -80,7 +80,7 @@ def test_losses_do_not_reach_other_half_or_teacher(teacher: tuple[Any, str], shi
 
 
 class Given(nn.Module):
-    """An encoder of codes that are given."""
+    """An encoder that returns given codes."""
 
     def __init__(self, z: Tensor) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_student_with_teacher_codes_has_zero_code_loss(teacher: tuple[Any, str],
     z = target(other, x)
     model.encoder = Given(z)
     assert model.loss(x)["code"].item() == pytest.approx(0, abs=1e-20)
-    # the loss is that of the reconstruction then
+    # then the student decodes the same codes
     torch.testing.assert_close(model.loss(x)["nll"], model.score(x).mean())
     model.encoder = Given(z + 0.5)
     assert model.loss(x)["code"].item() == pytest.approx(0.125 * z[0].numel())
@@ -155,7 +155,7 @@ def test_student_is_saved_and_used_without_teacher(teacher: tuple[Any, str], tmp
 def test_relative_teacher_path_survives_folder_change(
     teacher: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a student whose teacher is gone can still be built, as loading does."""
+    """A student can be built without its teacher's file, as is done when loading it."""
     monkeypatch.chdir(Path(teacher[1]).parent)
     model = small(teacher="teacher").float()
     (tmp_path / "other").mkdir()
@@ -218,7 +218,7 @@ def test_teacher_with_other_code_shape_is_refused(student: dict[str, Any], teach
 def test_teacher_with_other_input_shape_is_refused(tmp_path: Path) -> None:
     for name, shape, settings in (
         ("autoencoder_kl", (3, 9, 7), {"hidden_dims": (4, 4)}),
-        ("vae", (2, 10, 7), {}),  # which takes no other size
+        ("vae", (2, 10, 7), {}),  # this model cannot be built at another size
     ):
         other = aezoo.create_model(name, shape, latent_dim=3, **settings)
         path = save_model(other, tmp_path / name)
@@ -226,7 +226,7 @@ def test_teacher_with_other_input_shape_is_refused(tmp_path: Path) -> None:
             small(teacher=path).loss(images())
 
 
-def test_teacher_of_another_size_is_built_for_the_students(tmp_path: Path) -> None:
+def test_teacher_of_other_size_is_rebuilt_at_input_size(tmp_path: Path) -> None:
     other = aezoo.create_model("autoencoder_kl", (2, 12, 20), latent_dim=3, hidden_dims=(4, 4)).double().eval()
     path = save_model(other, tmp_path / "teacher")
     found = small(teacher=path).teacher_codes(images())
@@ -241,7 +241,7 @@ def test_invalid_teacher_path_is_refused(name: str) -> None:
         small(teacher=name).loss(images())
 
 
-# ---- its size --------------------------------------------------------------------------------------------------------
+# ---- number of parameters --------------------------------------------------------------------------------------------
 
 
 def test_full_size_parameter_count_matches_original() -> None:
@@ -259,7 +259,7 @@ def test_full_size_parameter_count_matches_original() -> None:
 
 
 def test_encoder_and_decoder_match_original_layers(shifted: Any) -> None:
-    """By torch's functions: 1, 3, 3 blocks down and 3, 3, 1 up, each relu(x + three convolutions), grids doubled."""
+    """By torch's functions: 1, 3, 3 blocks down and 3, 3, 1 up, each relu(x + 3 convolutions); nearest upsampling."""
     model, x = shifted(small()), images()
     F = nn.functional
     parameters = [*model.encoder.parameters()]

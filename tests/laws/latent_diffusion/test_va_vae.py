@@ -1,4 +1,4 @@
-"""Laws of VA-VAE: alignment by hand, its weight by autograd, who is trained by it, and what it does not see."""
+"""Laws of VA-VAE: alignment by explicit sums, its weight by autograd, and gradients of each network."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def features(x: Tensor, grid: Any) -> Tensor:
 
 
 def alignment_loss(model: Any, z: Tensor, f: Tensor) -> Tensor:
-    """A by the authors' words, a pair of places at a time, live in z and W."""
+    """The alignment loss A of the paper with a loop over pairs of positions, differentiable in z and W."""
     v = torch.einsum("fc,bchw->bfhw", model.projection.weight[:, :, 0, 0], z).flatten(2).transpose(1, 2)
     f = f.flatten(2).transpose(1, 2)
     cosine_margin, matrix_margin = model.margins
@@ -54,7 +54,7 @@ def alignment_loss(model: Any, z: Tensor, f: Tensor) -> Tensor:
 
 
 def whole(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tensor]:
-    """Terms, and what the autoencoder minimises, by autograd through both networks to the encoder's last layer."""
+    """Terms, and the autoencoder's loss, with gradients at the encoder's last layer by autograd."""
     torch.manual_seed(seed)
     player = losses(model, x)["autoencoder"]
     torch.manual_seed(seed)
@@ -127,7 +127,7 @@ def test_codes_parallel_to_features_have_zero_misalignment() -> None:
         model.alignment_loss(length * z, f), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0
     )
     assert model.alignment_loss(z.roll(1, 0), f) > 0.5
-    # an angle of all places alike is seen by the cosines only
+    # a rotation of all positions changes only the cosine similarities of z and f
     turned = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
     rest = model.alignment_loss(torch.einsum("dc,bchw->bdhw", turned, z), f)
     cosines = F.cosine_similarity(torch.einsum("dc,bchw->bdhw", turned, z), z)

@@ -42,7 +42,7 @@ def small_vqgan(**settings: Any) -> Any:
 
 
 def vqgan_by_hand(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """All terms and what each player minimises, live in all parameters."""
+    """All terms and the losses of both players, differentiable."""
     z, codes = model.encoder(x), model.quantiser.code_KD
     rows = z.movedim(1, -1).flatten(0, -2)
     chosen = codes[(rows[:, None] - codes).square().sum(2).argmin(1)]
@@ -90,7 +90,7 @@ def test_vqgan_terms_and_gradients_match_autograd(net: str, shifted: Any) -> Non
 
 @pytest.mark.parametrize(("scale", "perceptual_weight"), [(1e-3, 1.0), (0.0, 100.0)])
 def test_vqgan_lambda_is_capped_relative_to_mean_loss(scale: float, perceptual_weight: float, shifted: Any) -> None:
-    """The authors cap the lambda of a mean over the X values at 1e4, which is 1e4 X of the sum."""
+    """The authors cap lambda at 1e4 for a mean over the X values, that is, at 1e4 X for a sum."""
     model, x = shifted(small_vqgan(perceptual_weight=perceptual_weight)), images()
     with torch.no_grad():
         model.discriminator[-1].weight *= scale
@@ -103,7 +103,7 @@ def test_vqgan_lambda_is_capped_relative_to_mean_loss(scale: float, perceptual_w
     assert model.loss(x)["adaptive_weight"].item() == pytest.approx(X * min(uncapped, 1e4))
 
 
-def test_vqgan_without_players_and_features_is_the_vq_vae(shifted: Any) -> None:
+def test_vqgan_without_discriminator_and_features_is_vq_vae(shifted: Any) -> None:
     model, x = shifted(small_vqgan(features="none", discriminator_weight=0.0)), images()
     settings: dict[str, Any] = {"latent_dim": 3, "codebook_size": 9, "dead_below": 0.0, "data_init": False}
     settings |= {"hidden_dims": (8, 6), "activation": "silu", "update": "gradient", "likelihood": "laplace"}

@@ -1,4 +1,4 @@
-"""Laws of the masked models and of what they are made of: patches, masks, attention, and who sees what."""
+"""Laws of the masked models: patches, masks, attention, and dependence on visible and masked values."""
 
 import math
 from typing import Any
@@ -13,11 +13,11 @@ from aezoo.autoencoder import Autoencoder
 from aezoo.errors import AezooError
 from aezoo.nets import vit
 
-# the model of each case whose name is not a model's, for conftest.py
+# cases that are not named like their model, for conftest.py
 MODEL_OF = {"mae_norm": "mae", "simmim_mixer": "simmim"}
 
 
-SHAPE = (2, 7, 6)  # 4 x 3 patches of 2 x 2, the last row half filled
+SHAPE = (2, 7, 6)  # 4 x 3 patches of 2 x 2, of which the last row is half padding
 
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def data(n: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def masks(model: Any, n: int) -> tuple[Tensor, Tensor]:
-    """The order of patches and the masked values of each sample, (n, N) and (n, *shape), that the seed 7 draws."""
+    """The order of patches and the mask of values drawn with seed 7, (n, N) and (n, *shape)."""
     torch.manual_seed(7)
     patchify = patchify_of(model)
     order_BN = torch.rand(n, patchify.n).argsort(1)
@@ -70,7 +70,7 @@ def loss(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_visible_targets_do_not_enter_the_loss(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target is changed where the model sees it, the input is not: only `nll` learns of x what it is asked for."""
+    """By the gradient of the nll with respect to the target, with a fixed input."""
     model, x = build(name, shifted), data(5)
     _, masked = masks(model, 5)
     before = loss(model, x)["nll"]
@@ -89,13 +89,13 @@ def test_visible_targets_do_not_enter_the_loss(name: str, shifted: Any, monkeypa
         grid_BNP = gradient.view(5, patchify.n, patchify.size)
         assert not grid_BNP[:, patchify.real_NP == 0].any()
         moved = patchify.inverse(grid_BNP) != 0
-    assert torch.equal(moved, masked)  # and every masked value counts
+    assert torch.equal(moved, masked)  # and all masked values do
     assert before == loss(model, x)["nll"]
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim", "simmim_mixer", "masked_conv_ae"])
 def test_predictions_do_not_depend_on_masked_values(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The derivative of each prediction by each masked value is 0; by visible ones it is not."""
+    """The derivative of predictions with respect to masked values is 0, and with respect to visible ones is not."""
     model, x = build(name, shifted), data(3).requires_grad_()
     _, masked = masks(model, 3)
     seen: list[Tensor] = []
@@ -114,7 +114,7 @@ def test_predictions_do_not_depend_on_masked_values(name: str, shifted: Any, mon
 
 @pytest.mark.parametrize("name", [*SMALL, "simmim_mixer"])
 def test_loss_is_rescaled_masked_likelihood(name: str, shifted: Any) -> None:
-    """In nats by scipy's densities, N/|M| times the sum over masked values, the same in training and evaluation."""
+    """N/|M| times the sum over masked values of scipy's negative log-density, in training and evaluation."""
     model, x = build(name, shifted), data(5)
     order_BN, masked = masks(model, 5)
     patchify = patchify_of(model)
@@ -135,7 +135,7 @@ def test_loss_is_rescaled_masked_likelihood(name: str, shifted: Any) -> None:
             assert loss(model.train(training), x)["nll"].item() == pytest.approx(wanted, rel=1e-6)
 
 
-# ---- what is learned -------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

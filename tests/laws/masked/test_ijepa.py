@@ -1,4 +1,4 @@
-"""Laws of I-JEPA: which patches are seen and asked for, who learns from whom, and how the target encoder follows."""
+"""Laws of I-JEPA: context and target masks, gradients, and the moving average of the target encoder."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from aezoo.errors import AezooError
 from aezoo.models.masked import ijepa
 from aezoo.nets import vit
 
-SHAPE = (2, 11, 12)  # 6 x 6 patches of 2 x 2, the last row half filled
+SHAPE = (2, 11, 12)  # 6 x 6 patches of 2 x 2, of which the last row is half padding
 
 
 SMALL: dict[str, Any] = {"width": 12, "depth": 2, "predictor_width": 8, "decoder_width": 8, "patch_size": 2}
@@ -26,7 +26,7 @@ N, K, D = 36, 4, 12
 
 
 def build(shifted: Any, shape: tuple[int, ...] = SHAPE, **extra: Any) -> Any:
-    """With a target encoder that is not where its source is."""
+    """A model whose target encoder differs from its context encoder."""
     torch.manual_seed(0)
     model = shifted(aezoo.create_model("ijepa", input_shape=shape, **SMALL | extra).double())
     model.encoder.update_from(model.context, torch.tensor(0.5))
@@ -52,7 +52,7 @@ def masks(n: int, grid: tuple[int, int] = (6, 6), seed: int = 7) -> tuple[Tensor
 
 
 def rectangle(u: list[float], grid: tuple[int, int], share: tuple[float, float], aspect: tuple[float, float]) -> Tensor:
-    """The paper's block by hand."""
+    """A block of the paper from given random numbers."""
     s, a = (low + (high - low) * v for v, (low, high) in zip(u, (share, aspect), strict=False))
     h = min(max(round(grid[0] * math.sqrt(s * a)), 1), grid[0])
     w = min(max(round(grid[1] * math.sqrt(s / a)), 1), grid[1])
@@ -81,7 +81,7 @@ def test_masks_match_paper_blocks_and_remaining_context(grid: tuple[int, int]) -
 
 @pytest.mark.slow
 def test_masks_leave_context_and_targets_on_every_grid() -> None:
-    """At the ends of what is drawn: the smallest context and the largest blocks, high or wide, in each corner."""
+    """At the limits of the random numbers: smallest context, largest blocks, either aspect, in each corner."""
     ends_4L = torch.cartesian_prod(*[torch.tensor([0.0, 1 - 1e-6])] * 4)
     context_A4, target_A4 = ends_4L.repeat_interleave(16, 0), ends_4L.repeat(16, 1)
     u_AL4 = torch.cat([context_A4[:, None], target_A4[:, None].expand(-1, K, -1)], dim=1)
@@ -91,7 +91,7 @@ def test_masks_leave_context_and_targets_on_every_grid() -> None:
 
 
 def test_mask_scale_and_aspect_match_paper() -> None:
-    """On a fine grid rounding is small; then 4 blocks always leave something, and each place is as likely as others."""
+    """On a fine grid, where rounding is small."""
     side = 60
     blocks_BKSS = ijepa.blocks(torch.rand(500, K, 4), (side, side), (0.15, 0.2), (0.75, 1.5)).unflatten(2, (side, side))
     h, w = blocks_BKSS.any(3).sum(2), blocks_BKSS.any(2).sum(2)
@@ -100,7 +100,7 @@ def test_mask_scale_and_aspect_match_paper() -> None:
     for values, low, high, slack in ((share, 0.15, 0.2, 0.007), (aspect, 0.75, 1.5, 0.07)):
         assert low - slack < values.min() < low + slack and high - slack < values.max() < high + slack
         assert values.mean().item() == pytest.approx((low + high) / 2, rel=0.01)
-    # the two are drawn apart, of each block only, and blocks reach every corner
+    # share and aspect are independent, differ between blocks, and blocks reach all edges
     assert abs(torch.corrcoef(torch.stack([share.flatten(), aspect.flatten()]))[0, 1]) < 0.1
     assert (h.double().std(1) > 0).double().mean() > 0.99
     edges = [blocks_BKSS[..., i, :].any(2).double().mean() for i in (0, -1)]
@@ -112,11 +112,11 @@ def test_mask_scale_and_aspect_match_paper() -> None:
     assert 0.8 < covered_BN.double().mean() <= 1 and 0.25 < context_BN.double().mean() < 0.6
 
 
-# ---- what is seen ----------------------------------------------------------------------------------------------------
+# ---- context ---------------------------------------------------------------------------------------------------------
 
 
 def test_visible_attention_equals_removing_masked_tokens(shifted: Any) -> None:
-    """The authors' code cuts them out; here all samples keep their length."""
+    """The authors' code removes masked tokens; here the sequences keep their length."""
     layers, tokens_BND = shifted(vit.blocks((8, 8), "gelu")).double(), torch.randn(5, N, 8, dtype=torch.float64)
     context_BN, _, _ = masks(5)
     found_BND = vit.attend_to_visible(layers, tokens_BND, context_BN)
@@ -127,7 +127,7 @@ def test_visible_attention_equals_removing_masked_tokens(shifted: Any) -> None:
 
 
 def by_hand(model: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Predictions of each block of each sample and what they should be, by tokens that are cut out and put together."""
+    """Predictions and normalised targets of each block of each sample, with masked tokens removed."""
     context_BN, target_BKN, counts_BK = masks(len(x), model.grid)
     embed, layers, _ = model.context
     code_BND, found = model.encode(x).flatten(2).transpose(1, 2), []
@@ -150,7 +150,7 @@ def test_loss_matches_authors_smooth_l1_sum(
 ) -> None:
     model, x = build(shifted, shape, likelihood=likelihood).train(training), data(5, shape)
     n, counts_BK = math.prod(model.grid), masks(5, model.grid)[2]
-    assert bool(counts_BK.all()) == (shape == SHAPE)  # of a coarse grid some blocks do not count
+    assert bool(counts_BK.all()) == (shape == SHAPE)  # on a coarse grid, empty blocks are not counted
     errors = iter([F.smooth_l1_loss(*pair) for pair in by_hand(model, x)])
     wanted = torch.stack([torch.stack([next(errors) for _ in range(k)]).mean() for k in counts_BK.sum(1).tolist()])
     terms = loss(model, x)
@@ -160,7 +160,7 @@ def test_loss_matches_authors_smooth_l1_sum(
 
 
 def test_predictions_do_not_depend_on_target_pixels(shifted: Any) -> None:
-    """The derivative of predictions by each value that is not seen is 0, by every seen one it is not."""
+    """The gradient with respect to context pixels is not 0, with respect to all others it is."""
     model, x, found = build(shifted), data(5).requires_grad_(), []
     model.predictor.register_forward_hook(lambda module, given, out: found.append((given[0], out)))
     loss(model, x)
@@ -177,7 +177,7 @@ def test_predictions_do_not_depend_on_target_pixels(shifted: Any) -> None:
         assert torch.equal(found[1][1][counted[..., 0]], out_BKND[counted[..., 0]])
 
 
-# ---- who learns ------------------------------------------------------------------------------------------------------
+# ---- target encoder --------------------------------------------------------------------------------------------------
 
 
 def test_target_encoder_gets_no_gradient(shifted: Any) -> None:
@@ -191,7 +191,7 @@ def test_target_encoder_gets_no_gradient(shifted: Any) -> None:
     trained = {id(p) for group in model.configure_optimizers().param_groups for p in group["params"]}
     tensors = dict(model.encoder.named_buffers())
     assert not [*model.encoder.parameters()] and trained == {id(p) for p in parameters.values()}
-    # weights of all layers, in the state of the model
+    # the target encoder has all weights of the context encoder, as buffers
     weights = {f"net.{name}" for name, _ in model.context.named_parameters()}
     assert weights <= tensors.keys() and {f"encoder.{name}" for name in weights} <= model.state_dict().keys()
     assert not any(tensor.requires_grad for tensor in tensors.values())
@@ -219,7 +219,7 @@ def test_target_encoder_starts_as_encoder_and_gives_codes(shifted: Any) -> None:
 
 
 class Seen:
-    """Weights of the two encoders as they are when a step begins to compute."""
+    """Record the weights of both encoders at each training step."""
 
     def __init__(self, model: Any) -> None:
         self.of_context: list[dict[str, Tensor]] = []
@@ -261,13 +261,13 @@ def test_the_momentum_rises_from_its_start_to_one() -> None:
     for step, m in ((0, 0.996), (500, 0.998), (1000, 1.0), (2000, 1.0)):
         model.steps.fill_(step)
         assert model.current_momentum().item() == pytest.approx(m, abs=1e-7)
-    model.momentum_steps = 0  # of a run that nobody knows the length of
+    model.momentum_steps = 0  # the length of the run is unknown
     assert model.current_momentum().item() == pytest.approx(0.996, abs=1e-7)
 
 
 @pytest.mark.slow
 def test_trained_predictions_use_visible_patches(adam: Any) -> None:
-    """Samples of one grey value each: codes of hidden patches follow from seen ones, a constant of each place errs."""
+    """Samples of one grey value each: hidden codes can be inferred from visible ones, unlike by a constant."""
     torch.manual_seed(0)
     model, x = aezoo.create_model("ijepa", (1, 8, 8), **SMALL), torch.randn(256, 1, 1, 1).expand(-1, 1, 8, 8)
     start = loss(model, x)["prediction"].item()

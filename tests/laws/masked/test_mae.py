@@ -35,7 +35,7 @@ from aezoo.testing import SharedNoise
 
 @pytest.mark.parametrize("name", ["mae", "mae_norm"])
 def test_mae_loss_depends_on_masked_targets_only(name: str, shifted: Any) -> None:
-    """All of it, the head of norm_pix too: the encoder is held at the old sample, the targets are a new one."""
+    """Including the scale head of norm_pix: the encoder reads x, and the targets are changed."""
     model, x, other = build(name, shifted), data(5), data(5)
     order_BN, masked = masks(model, 5)
     embed, blocks, _ = model.encoder.children()
@@ -62,7 +62,7 @@ def test_mae_encoder_receives_visible_patches_only(shifted: Any) -> None:
     assert shape == (4, n - math.floor(0.75 * n), 12)
     (gradient,) = torch.autograd.grad((out_BVD * torch.randn_like(out_BVD)).sum(), x)
     assert torch.equal(gradient != 0, ~masked)
-    # a token for each visible patch, in the order that was drawn
+    # visible patches only, in the drawn order
     with torch.no_grad():
         tokens_BND = model.encoder[0](x)
         picked = torch.stack([tokens_BND[b, order_BN[b, : n - model.masked]] for b in range(4)])
@@ -79,7 +79,7 @@ def test_normalised_targets_are_standardised_patches(shifted: Any) -> None:
     real_NP = decoder.patchify.real_NP.bool()
     for b in range(5):
         for i in order_BN[b, n - model.masked :]:
-            values = decoder.patchify(x)[b, i][real_NP[i]].numpy()  # without what fills the patch up
+            values = decoder.patchify(x)[b, i][real_NP[i]].numpy()  # without padding
             deviation = np.sqrt((values.var(ddof=1) if len(values) > 1 else 0.0) + 1e-6)
             e = (values - values.mean()) / deviation - out_BNP[b, i][real_NP[i]].detach().numpy()
             nll -= norm(scale=math.sqrt(0.5)).logpdf(e).sum()
@@ -91,11 +91,11 @@ def test_normalised_targets_are_standardised_patches(shifted: Any) -> None:
 
 
 def test_reconstruction_depends_only_on_the_code(shifted: Any) -> None:
-    """MAE-pytorch shows patches with the mean and deviation of the target: decode has the code only."""
+    """MAE-pytorch reconstructs with the mean and deviation of the target, which decode does not have."""
     model, x = build("mae_norm", shifted), data(4)
     z = model.encode(x)
     torch.testing.assert_close(model(x), model.decode(z))
-    # and what it says of a patch comes from the tokens of the others, whatever the patch's own
+    # a visible patch is predicted from the other tokens, not from its own
     other = z.clone()
     other[:, :, 0, 0] += torch.randn(4, 12)
     reached = (model.decode(other) != model.decode(z)).flatten(1).any(1)
@@ -124,7 +124,7 @@ def test_score_masks_and_counts_each_patch_once(shifted: Any) -> None:
 
 
 def test_masks_are_drawn_per_sample(shifted: Any) -> None:
-    """Each sample of a batch has a mask of its own, which another batch around it does not change."""
+    """Each sample has its own mask, which does not depend on the rest of the batch."""
     for name in SMALL:
         model, x = build(name, shifted), data(6)
         with torch.no_grad():
@@ -137,12 +137,12 @@ def test_masks_are_drawn_per_sample(shifted: Any) -> None:
         torch.testing.assert_close(sum(halves) / 2, whole)
 
 
-# ---- what is learned -------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_hidden_patches_are_predicted_from_visible_ones(adam: Any) -> None:
-    """Samples of one grey value each: a model that looks at the visible patches is right, the mean sample is not."""
+    """Samples of one grey value each can be predicted from visible patches, unlike by the mean sample."""
     torch.manual_seed(0)
     model = aezoo.create_model("mae", (1, 4, 4), **SMALL["mae"])
     x = torch.rand(512, 1, 1, 1).expand(-1, 1, 4, 4)

@@ -1,4 +1,4 @@
-"""Laws of MAETok: what is masked and when, the histograms of gradients, and which decoder teaches whom."""
+"""Laws of MAETok: masks, histograms of oriented gradients, and the gradients of both decoders."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from aezoo.models.masked import maetok
 from aezoo.nets import vit
 from aezoo.testing import SharedNoise
 
-SHAPE = (2, 11, 12)  # 6 x 6 patches of 2 x 2, the last row half filled
+SHAPE = (2, 11, 12)  # 6 x 6 patches of 2 x 2, of which the last row is half padding
 
 
 SMALL: dict[str, Any] = {"n_tokens": 3, "latent_dim": 5, "width": 12, "decoder_width": 8, "patch_size": 2}
@@ -41,7 +41,7 @@ def loss(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def masks(n: int, least: float = 0.4, most: float = 0.6, patches: int = P) -> Tensor:
-    """What the seed 7 masks, (n, P): the ceiling of a share for each sample."""
+    """The patches masked with seed 7, (n, P): for each sample a share, rounded up."""
     torch.manual_seed(7)
     order_BP = torch.rand(n, patches).argsort(1)
     share_B = least + (most - least) * torch.rand(n, 1)[:, 0]
@@ -63,7 +63,7 @@ def test_hog_features_match_scikit_image(channels: int, side: int) -> None:
         given: dict[str, Any] = {"pixels_per_cell": (side, side), "cells_per_block": (1, 1), "block_norm": "L2"}
         wanted = of_skimage(image.transpose(1, 2, 0), 9, **given, feature_vector=False, channel_axis=-1)
         assert wanted.shape == (*patchify.grid, 1, 1, 9)
-        # theirs is a mean of float32
+        # scikit-image averages in float32
         np.testing.assert_allclose(own.permute(1, 2, 0).numpy(), wanted[:, :, 0, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -77,7 +77,7 @@ def test_hog_of_ramp_is_one_hot_and_of_flat_image_zero() -> None:
         torch.testing.assert_close(found[0, :, 1, 1], torch.eye(9)[place])
     flat = maetok.hog(torch.full((2, 3, 9, 9), 0.7), patchify)
     assert not flat.any()
-    for shape in ((1, 1, 5), (1, 2, 1), (2, 1, 1)):  # no gradient across a side of one or two pixels
+    for shape in ((1, 1, 5), (1, 2, 1), (2, 1, 1)):  # sides of one or two pixels have no gradient
         assert maetok.hog(torch.rand(2, *shape), vit.Patchify((9, *shape[1:]), 1)).isfinite().all()
 
 
@@ -116,7 +116,7 @@ def test_pixels_of_masked_patches_do_not_reach_the_code(shifted: Any) -> None:
     with torch.no_grad():
         loss(model, torch.where(masked, data(5), x))
         assert torch.equal(found[1], found[0])
-        loss(model.eval(), x)  # and in evaluation there is none
+        loss(model.eval(), x)  # evaluation does not mask
         assert torch.equal(found[2], model.encode(x))
 
 

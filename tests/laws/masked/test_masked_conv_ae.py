@@ -1,16 +1,16 @@
 """Laws of Masked convolutional autoencoder, context encoder (Pathak et al. 2016).
 
 The model was compared with the mask and the loss of SparK, around copies of our networks, and with the loss of a port
-of context encoders, in float64 on equal weights, batch and masks. Differences are relative to the greatest value, those
-of gradients by the worst parameter.
+of context encoders, in float64 on equal weights, batch and masks. Differences are relative to the largest value; for
+gradients, the largest over the parameters is given.
 
     https://github.com/keyu-tian/SparK, commit a63e386f8e5186bc07ad7fce86e06b08f48a61ea
         pretrain/spark.py, SparK, patches of mean 0 and variance 1  masked input 0, loss 4.0e-10, gradients 4.0e-10
     https://github.com/BoyuanJiang/context_encoder_pytorch, commit 01cbf96b3bcb59da9e7a771836de2996801954a8
         train.py, errG_l2 with overlapPred 0                        loss 3.9e-16, gradients 7.9e-16
 
-Our loss is X times theirs, which are means over masked values. SparK adds 1e-8 to the number of masked patches, the
-difference above. Differs: SparK scales each patch of the target to mean 0 and variance 1, and masks
+Our loss is X times theirs, which are means over masked values. SparK adds 1e-8 to the number of masked patches, which
+causes the difference above. Differs: SparK scales each patch of the target to mean 0 and variance 1, and masks
 N - round(N - ratio N) patches; ours takes targets as they are, as equation 1 of Pathak et al., and floor(ratio N).
 
 The code of Pathak et al. is Lua, and was read line by line: train_random.lua of
@@ -44,7 +44,7 @@ import aezoo
 
 
 def test_expected_masked_loss_equals_whole_sample_sum(shifted: Any) -> None:
-    """With a model that does not look at its input: whatever the ratio, the scale is that of any other model."""
+    """With an output that does not depend on the input, the scale is the same for every ratio."""
     x = data(1)
     found = []
     for ratio in (0.25, 0.5, 0.75):
@@ -58,7 +58,7 @@ def test_expected_masked_loss_equals_whole_sample_sum(shifted: Any) -> None:
     assert found == pytest.approx([whole] * 3, rel=0.02)
 
 
-# ---- what is learned -------------------------------------------------------------------------------------------------
+# ---- mask token ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learned", [True, False])

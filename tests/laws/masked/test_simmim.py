@@ -28,7 +28,7 @@ from aezoo.nets import mixer, vit
 
 
 def mixed(block: mixer.Block, x_BND: Tensor) -> Tensor:
-    """A mixer's block by the paper's equation 1, sums over places and over channels written out."""
+    """A mixer block by equation 1 of the paper, with explicit sums over positions and channels."""
 
     def norm_(layer: nn.LayerNorm, h: Tensor) -> Tensor:
         mean, var = h.mean(2, keepdim=True), h.var(2, correction=0, keepdim=True)
@@ -58,7 +58,7 @@ def test_simmim_mixer_uses_mixer_blocks_without_positions(shifted: Any) -> None:
 
 
 def test_masking_after_mixing_leak_is_detected(shifted: Any) -> None:
-    """The mixer of autoencodersplz masks what has been mixed: a visible token then tells of every masked value."""
+    """The mixer of autoencodersplz masks after mixing: visible tokens then depend on all masked values."""
     model, x = build("simmim_mixer", shifted), data(3).requires_grad_()
     order_BN, masked = masks(model, 3)
     embed, blocks, _ = model.encoder.children()

@@ -1,4 +1,4 @@
-"""Laws of VQ-VAE-2, the Gumbel VQ-VAE and DALL-E's dVAE: levels, bounds by enumeration, schedules, known mistakes."""
+"""Laws of VQ-VAE-2, the Gumbel VQ-VAE and DALL-E's dVAE: loss, bounds by enumeration, temperature and gradients."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ import aezoo
 import aezoo.distributions.categorical
 from aezoo.models.quantised import gumbel_vq_vae
 
-K, P = 3, 2  # codes and places, so few that all codes of a sample can be listed
+K, P = 3, 2  # codebook size and number of positions, small enough to list all codes of a sample
 
 
 SHAPE = (1, 11, 9)
@@ -27,7 +27,7 @@ GUMBEL = ("gumbel_vq_vae", "dvae")
 
 
 def tiny(shifted: Any, name: str = "gumbel_vq_vae", **settings: Any) -> Any:
-    """P places of K codes on vectors of 6, with sure and unsure places."""
+    """A model of vectors of 6 with P positions of K codes, whose posteriors are confident at some positions only."""
     given = {"latent_dim": 4, "codebook_size": K, "places": P, "net": "mlp", "hidden_dims": (12,)}
     made = aezoo.create_model(name, input_shape=(6,), **given | settings)
     model = shifted(made).double()
@@ -49,7 +49,7 @@ def nll_of(params: Tensor, x: Tensor) -> Tensor:
 
 
 def fitted(name: str, quiet: Any, **settings: Any) -> tuple[Any, Tensor, dict[str, float]]:
-    """A model after 12 steps on spots, validation data and its figures."""
+    """A model trained for 12 steps, its data, and its validation metrics."""
     made = aezoo.create_model(name, input_shape=SHAPE, **SMALL | settings)
     x = (torch.rand(40, 1, 1, 1) * torch.rand(40, *SHAPE)).clamp(0, 1)
     trainer = quiet(max_epochs=3)
@@ -63,7 +63,7 @@ def fitted(name: str, quiet: Any, **settings: Any) -> tuple[Any, Tensor, dict[st
 
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, g_BPK: Tensor) -> None:
-    """Let this be the Gumbel noise of every draw."""
+    """Return this Gumbel noise in every draw."""
     for module in (aezoo.distributions.categorical, gumbel_vq_vae):
         monkeypatch.setattr(module, "sample_gumbel", lambda like: g_BPK.view_as(like))
 
@@ -93,7 +93,7 @@ def exact(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", GUMBEL)
 @pytest.mark.parametrize("hard", [False, True])
 def test_elbo_with_sampled_codes_is_below_evidence(name: str, hard: bool, shifted: Any) -> None:
-    """In evaluation, and in training with hard codes, its mean over draws is the exact ELBO, below log p(x)."""
+    """In evaluation, and in training with hard codes, the mean over draws is the exact ELBO."""
     model, x = tiny(shifted, name, hard=hard), vectors(1)
     with torch.no_grad():
         log_p, elbo = exact(model, x)
@@ -104,20 +104,20 @@ def test_elbo_with_sampled_codes_is_below_evidence(name: str, hard: bool, shifte
             error = 5 * found.std() / math.sqrt(40) + 1e-6
             if hard or not training:
                 assert (found.mean() - elbo).abs() < error
-            else:  # relaxed codes are others
+            else:  # relaxed codes have another mean
                 assert (found.mean() - elbo).abs() > error
 
 
 @pytest.mark.parametrize("name", GUMBEL)
 def test_loss_at_most_likely_codes_is_not_a_bound(name: str, shifted: Any) -> None:
-    """The KL of what is drawn with the nll of what is not exceeds log p(x): why the loss draws in evaluation."""
+    """The nll at the most likely codes plus the KL can be below -log p(x), so the loss draws codes in evaluation."""
     model = tiny(shifted, name).eval()
     with torch.no_grad():
         for p in [*model.encoder.parameters()][-2:]:
-            p.mul_(0.02)  # unsure, so that the KL is small
+            p.mul_(0.02)  # nearly uniform, so that the KL is small
         for p in model.decoder.parameters():
             p.mul_(3)
-        x = model(vectors(50)).clamp(0, 1)  # what likeliest codes reconstruct
+        x = model(vectors(50)).clamp(0, 1)  # the reconstruction from the most likely codes
         log_p, elbo = exact(model, x)
         assert (elbo <= log_p + 1e-9).all()
         assert (-model.score(x) > log_p + 0.1).any()
@@ -126,7 +126,7 @@ def test_loss_at_most_likely_codes_is_not_a_bound(name: str, shifted: Any) -> No
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", GUMBEL)
 def test_score_is_vae_score_at_most_likely_codes(name: str, training: bool, shifted: Any) -> None:
-    """-log p(x | code) alone would give codes away for nothing."""
+    """The score is nll + KL: the nll alone leaves out the cost of the code."""
     model, x = tiny(shifted, name, beta=2.5).train(training), vectors()
     with torch.no_grad():
         logits_BPK = model.encoder(x).movedim(1, 2)
@@ -145,16 +145,16 @@ def test_score_is_vae_score_at_most_likely_codes(name: str, training: bool, shif
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GUMBEL)
-def test_the_quantiser_has_the_temperature_of_the_step(name: str, quiet: Any) -> None:
+def test_quantiser_temperature_follows_the_schedule(name: str, quiet: Any) -> None:
     model, _, _ = fitted(name, quiet, temperature_steps=20)
-    assert model.steps == 11  # of the last of 12
+    assert model.steps == 11  # the last of 12 steps, counted from 0
     torch.testing.assert_close(model.quantiser.temperature, model.tau())
     assert 0.3 < model.tau() < 0.95
 
 
 @pytest.mark.parametrize("name", GUMBEL)
 def test_low_temperature_codes_are_discrete(name: str, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tau falls the code tends to that of the largest noisy logit, and so does the loss in training."""
+    """As tau goes to 0, the relaxed code and the training loss tend to those of the largest noisy logit."""
     model, x = tiny(shifted, name), vectors()
     with_noise(monkeypatch, D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample())
     drawn = model.eval().draw(x)

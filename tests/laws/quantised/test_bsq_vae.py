@@ -18,7 +18,7 @@ from quantised_laws import (  # noqa: F401
     test_resume_is_exact_and_indices_roundtrip,
 )
 
-# ---- where gradients go ----------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_passes_sphere_and_bound() -> None:
@@ -34,7 +34,7 @@ def test_gradient_passes_sphere_and_bound() -> None:
         torch.testing.assert_close(of_z, of_q * slope)
 
 
-# ---- neutral limits --------------------------------------------------------------------------------------------------
+# ---- special cases ---------------------------------------------------------------------------------------------------
 
 
 def test_one_channel_bsq_equals_lfq_and_zero_weights_nll() -> None:

@@ -28,9 +28,9 @@ from relaxed_codebook_laws import (  # noqa: F401
     test_kl_trains_encoder_and_likelihood_everything,
     test_loss_at_most_likely_codes_is_not_a_bound,
     test_low_temperature_codes_are_discrete,
+    test_quantiser_temperature_follows_the_schedule,
     test_samples_decode_uniform_codes,
     test_score_is_vae_score_at_most_likely_codes,
-    test_the_quantiser_has_the_temperature_of_the_step,
     tiny,
     vectors,
     with_noise,
@@ -46,7 +46,7 @@ from aezoo.models.quantised.dvae import LogitLaplaceWithScale
 
 
 def test_dvae_loss_matches_paper(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Density of logit-Laplace by torch.distributions, with the decoder's own scales and the step's weight."""
+    """The nll is that of torch.distributions with the decoded scales; the KL has the weight of the current step."""
     model, x = tiny(shifted, "dvae", kl_steps=8, temperature_steps=6), vectors()
     g_BPK = D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample()
     with_noise(monkeypatch, g_BPK)
@@ -57,7 +57,7 @@ def test_dvae_loss_matches_paper(shifted: Any, monkeypatch: pytest.MonkeyPatch) 
         z_q = torch.eye(K).double()[noisy.argmax(2)] @ model.quantiser.code_KC
         params = model.decoder(z_q.movedim(2, 1))
         assert params.shape == (5, 12)
-        b = ((params[:, 6:].double().exp() * math.exp(5) + 1).log() - 5).exp()  # softly at least exp(-5)
+        b = ((params[:, 6:].double().exp() * math.exp(5) + 1).log() - 5).exp()  # softplus keeps b above exp(-5)
         onto = [D.SigmoidTransform(), D.AffineTransform(-0.1 / 0.8, 1 / 0.8)]
         nll = -D.TransformedDistribution(D.Laplace(params[:, :6], b), onto).log_prob(x).sum(1).mean()
         found = model.eval().loss(x)
@@ -69,7 +69,7 @@ def test_dvae_loss_matches_paper(shifted: Any, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_dvae_training_gradients_match_differences(hard: bool, shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of nll + beta KL at the step's tau and beta, with given noise; hard codes have the gradient of relaxed ones."""
+    """Gradients of nll + beta KL at fixed noise; hard codes have the gradient of relaxed ones."""
     model, x = tiny(shifted, "dvae", kl_steps=8, temperature_steps=6, hard=hard).train(), vectors()
     g_BPK = D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample()
     with_noise(monkeypatch, g_BPK)
@@ -110,13 +110,13 @@ def test_dvae_scale_is_clamped_decoder_output() -> None:
     assert not mu.any()
     torch.testing.assert_close(log_b[0, 0, 3:6], raw[3:6], rtol=0, atol=0.05)
     assert (log_b[0, 0, :2] + 5).abs().max() < 1e-9 and log_b[0, 0, -1] == 5
-    # a constant pixel, whose likelihood has no greatest value, stays finite
+    # the likelihood of a constant pixel has no maximum: the log-density stays finite
     assert own.log_prob(torch.tensor([[[10.0], [-1e4]]]), torch.ones(1, 1, 1)).isfinite().all()
 
 
 @pytest.mark.parametrize("b", [0.01, 0.5, 2.9, 3.1, 20.0, 148.0])
 def test_dvae_reconstruction_is_mean_at_any_scale(b: float) -> None:
-    """By scipy's quadrature on both sides of the logit's zero, up to the largest scale, exp(5)."""
+    """Compared with scipy's quadrature, split where the logit is 0, up to the largest scale, exp(5)."""
     mu = np.array([-60.0, -8.0, -1.0, 0.0, 0.3, 4.0, 30.0])
     wanted = []
     for m in mu:
@@ -145,7 +145,7 @@ def test_dvae_decodes_location_and_scale_per_value(net: str) -> None:
 
 
 def test_dvae_schedules_are_half_cosines() -> None:
-    """1 -> 1/16 and 0 -> 6.6; flat at both ends, where a line is not and a constant factor neither."""
+    """Tau falls from 1 to 1/16 and beta rises from 0 to 6.6, both flat at start and end."""
     model: Any = aezoo.create_model("dvae", SHAPE, **SMALL, temperature_steps=12, kl_steps=8)
     for steps in (0, 1, 3, 6, 9, 12, 40):
         model.steps.fill_(steps)
@@ -161,12 +161,12 @@ def test_dvae_schedules_are_half_cosines() -> None:
         assert float(model.kl_weight()) == pytest.approx(beta)
 
 
-def test_no_location_and_scale_beat_the_best() -> None:
+def test_best_params_minimise_deviance() -> None:
     made, x = LogitLaplaceWithScale().double(), torch.rand(200, 3, 2, dtype=torch.float64)
     best = made.best_params(x)
     assert made.deviance(best, x).abs().max() == 0
     for spread in (1e-4, 1e-2, 1, 10):
         assert made.deviance(best + spread * torch.randn_like(best), x).min() >= 0
-    # six values, whose log scale is 5 in place of -5
+    # log b is 5 in place of -5 for the 6 values of a sample: 10 nats each
     widest = best + torch.tensor([[0.0]] * 3 + [[200.0]] * 3)
     torch.testing.assert_close(made.deviance(widest, x), torch.full((200,), 60.0, dtype=torch.float64))

@@ -42,7 +42,7 @@ def test_fsp_matches_peer_codes_noise_and_gradients(squash: str, rate: float) ->
     for mode in (True, False):
         results = []
         for quantiser in (theirs.train(mode), ours.train(mode)):
-            torch.manual_seed(3)  # both draw moves first, and then what is quantised
+            torch.manual_seed(3)  # both draw the noise first, then which numbers are quantised
             found = quantiser(z)
             results.append((found[0], found[1], torch.autograd.grad(found[0].square().sum(), z)[0]))
         (z_q, index, of_z), (same, same_index, same_of_z) = results
@@ -58,7 +58,7 @@ def test_p_is_uniform_for_target_distribution_of_z(squash: str) -> None:
     of_squash = {"tanh": (2 * u - 1).atanh(), "sigmoid": u.logit(), "normal": Normal(0, 1).icdf(u)}[squash]
     found = FSP((5,), squash=squash).double().eval()(of_squash[:, None])
     assert torch.bincount(found.indices[:, 0]).tolist() == [4000] * 5
-    assert all(term < 1e-3 for term in found.terms.values())  # sigma_g^2 is that of the distribution
+    assert all(term < 1e-3 for term in found.terms.values())  # moments of the target distribution: 0, sigma_g^2
     values = found.z_q.unique()
     torch.testing.assert_close(values, math.sqrt(12) * ((torch.arange(5).double() + 0.5) / 5 - 0.5))
     # the least error that five values can have for a uniform source of variance 1 (Lloyd 1982, Max 1960)
@@ -82,15 +82,15 @@ def test_noise_has_eta_intervals_width_within_unit_range(eta: float) -> None:
     off = (moved - p).abs() * torch.tensor(LEVELS)
     assert (moved >= 0).all() and (moved <= 1).all() and off.max() <= eta / 2 + 1e-9
     assert off.max() >= 0.48 * eta
-    if 0 < eta <= 1:  # from the middle no move leaves
+    if 0 < eta <= 1:  # near the middle, no noise leaves the unit range
         z = rows(4000) / 100
         off = (quantiser(z).z_q / math.sqrt(12) - torch.tanh(z) / 2).abs() * torch.tensor(LEVELS)
         torch.testing.assert_close(off.mean(), torch.tensor(eta / 4, dtype=torch.float64), rtol=0.03, atol=0)
-    # a move that would leave is not cut at the edge
+    # p stays where noise would leave the unit range: nothing is clamped to its ends
     assert ((moved == 0) | (moved == 1)).sum() == ((p == 0) | (p == 1)).sum()
 
 
-def test_zero_moves_equal_autoencoder_training() -> None:
+def test_zero_noise_equals_autoencoder_training() -> None:
     nets: dict[str, Any] = {"net": "mlp", "hidden_dims": (8,), "places": 3, "levels": LEVELS}
     x = torch.rand(7, 6, dtype=torch.float64)
     model: Any = aezoo.create_model("fsp_vae", (6,), **nets, eta=0.0, quantised=0.0, mean_weight=0.0).double()

@@ -33,7 +33,7 @@ from aezoo.quantisers import FSQ
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_encoder_gradient_treats_rounding_as_constant(depth: int, shifted: Any) -> None:
-    """Central differences of the loss, in which the error of rounding is added to the bounded code as a number."""
+    """Central differences of the loss, with the rounding error added to the bounded code as a constant."""
     levels = (2, 3, 4, 7)
     settings = {"net": "mlp", "hidden_dims": (8,), "places": 2, "activation": "silu", "depth": depth}
     model = shifted(FSQVAE((6,), levels=levels, **settings)).double()
@@ -43,7 +43,7 @@ def test_encoder_gradient_treats_rounding_as_constant(depth: int, shifted: Any) 
 
     def bounded() -> Tensor:
         f = torch.tanh(model.encoder(x) + s) * (L - 1) * 0.999 / 2 - o
-        return torch.where(L > 2, f / (L // 2), 2 * f + 1)  # with two values, -1 and 1 in place of -1 and 0
+        return torch.where(L > 2, f / (L // 2), 2 * f + 1)  # two levels are -1 and 1, not -1 and 0
 
     weight = [p for p in model.encoder.parameters() if p.ndim == 2][-1]
     (found,) = torch.autograd.grad(model.loss(x)["loss"], weight)
@@ -61,7 +61,7 @@ def test_encoder_gradient_treats_rounding_as_constant(depth: int, shifted: Any) 
             assert difference.abs() > 1e-4
 
 
-# ---- neutral limits --------------------------------------------------------------------------------------------------
+# ---- special cases ---------------------------------------------------------------------------------------------------
 
 
 def test_fsq_of_depth_1_and_binary_levels_match_fsq_and_lfq() -> None:

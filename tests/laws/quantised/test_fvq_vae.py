@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {"group_size": 3, "width": 32, "depth": 2}
 
 
 def built(size: int = K, **settings: Any) -> Any:
-    """Away from where it starts."""
+    """A quantiser with random offsets added to its initial weights."""
     quantiser = FVQ(D, size, **(SMALL | settings)).double()
     with torch.no_grad():
         for parameter in quantiser.parameters():
@@ -42,7 +42,7 @@ def built(size: int = K, **settings: Any) -> Any:
     return quantiser
 
 
-def torch_s_layer(block: Any) -> nn.TransformerEncoderLayer:
+def torch_layer(block: Any) -> nn.TransformerEncoderLayer:
     """Torch's pre-norm layer with the weights of a block."""
     width = block.norm_1.weight.shape[0]
     layer = nn.TransformerEncoderLayer(
@@ -67,7 +67,7 @@ def test_codebook_is_torch_transformer_of_code_groups(size: int, group_size: int
     groups = [torch.cat(raw[i : i + group_size]) for i in range(0, len(raw), group_size)]
     tokens = torch.stack([bridge.compress.weight @ group + bridge.compress.bias for group in groups])[None]
     for block in bridge.blocks[:2]:
-        tokens = torch_s_layer(block)(tokens)
+        tokens = torch_layer(block)(tokens)
     last = bridge.blocks[2]
     tokens = F.layer_norm(tokens, (32,), last.weight, last.bias, 1e-6)[0]
     codes = [code for token in tokens for code in (bridge.recover.weight @ token + bridge.recover.bias).split(D)]

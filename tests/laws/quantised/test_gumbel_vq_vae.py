@@ -27,9 +27,9 @@ from relaxed_codebook_laws import (  # noqa: F401
     test_kl_trains_encoder_and_likelihood_everything,
     test_loss_at_most_likely_codes_is_not_a_bound,
     test_low_temperature_codes_are_discrete,
+    test_quantiser_temperature_follows_the_schedule,
     test_samples_decode_uniform_codes,
     test_score_is_vae_score_at_most_likely_codes,
-    test_the_quantiser_has_the_temperature_of_the_step,
     tiny,
     vectors,
     with_noise,
@@ -45,7 +45,7 @@ from aezoo.quantisers.base import Quantised
 
 
 def loss_law(model: Any, monkeypatch: pytest.MonkeyPatch, tau: float, beta: float) -> None:
-    """In training of the relaxed code, in evaluation of the drawn one; the KL is a sum over places of the full one."""
+    """Training decodes the relaxed code, evaluation the drawn one; the KL is summed over positions."""
     x, g_BPK = vectors(), D.Gumbel(torch.zeros(5, P, K).double(), 1.0).sample()
     with_noise(monkeypatch, g_BPK)
     logits_BPK = model.encoder(x).movedim(1, 2)
@@ -63,7 +63,7 @@ def loss_law(model: Any, monkeypatch: pytest.MonkeyPatch, tau: float, beta: floa
 
 
 class MeanOverPlaces(GumbelVQVAE):
-    """As in taming-transformers: a sum over codes, and a mean over places and the batch."""
+    """As in taming-transformers: the KL is a sum over codes, and a mean over positions and the batch."""
 
     def draw(self, x: Tensor) -> Quantised:
         found = super().draw(x)
@@ -71,7 +71,7 @@ class MeanOverPlaces(GumbelVQVAE):
 
 
 class MeanOverCodes(GumbelVQVAE):
-    """A mean over codes as well."""
+    """The KL is a mean over codes."""
 
     def draw(self, x: Tensor) -> Quantised:
         found = super().draw(x)
@@ -79,7 +79,7 @@ class MeanOverCodes(GumbelVQVAE):
 
 
 class NegativeEntropy(GumbelVQVAE):
-    """Without log K: what is left of the KL after dropping the prior."""
+    """The KL without log K, that is, minus the entropy."""
 
     def draw(self, x: Tensor) -> Quantised:
         found = super().draw(x)
@@ -103,7 +103,7 @@ def test_wrong_kl_scale_is_detected(rival: Any, shifted: Any, monkeypatch: pytes
 # ---- gumbel_vq_vae and dvae: temperature -----------------------------------------------------------------------------
 
 
-def test_the_temperature_falls_by_a_constant_factor() -> None:
+def test_temperature_decays_geometrically() -> None:
     model: Any = aezoo.create_model(
         "gumbel_vq_vae", SHAPE, **SMALL, start_temperature=2.0, temperature=0.5, temperature_steps=10
     )

@@ -35,7 +35,7 @@ from token_prior_laws import (  # noqa: F401
     trained,
 )
 
-# fits without validation, and Lightning's advice on loaders
+# Lightning warns of fits without validation data and of loaders with few workers
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 # ---- order -----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,18 @@
 """Laws of Gated PixelCNN (van den Oord et al. 2016).
 
 The model was compared with a port of the paper for the indices of a VQ-VAE, in float64 on equal weights and indices.
-Differences are relative to the greatest value, those of gradients by the worst parameter.
+Differences are relative to the largest value; for gradients, the largest over the parameters is given.
 
     https://github.com/ritheshkumar95/pytorch-vqvae, commit 8d123c0d043bebc8734d37785dd13dd20e7e5e0e
         modules.py, GatedPixelCNN of kernel 3  logits 0
         pixelcnn_prior.py, train               loss 0, gradients of 29 parameters 7.3e-16
 
-Their loss is a mean over the T places of a sample, ours a sum. Ours has the vertical stack of a row one row lower and
-shifts it in each layer, theirs in the first layer only; so for equal networks, the first row of our first kernel is 0.
-Differs: above the first row of places, theirs has the biases of the vertical stack, ours zeros; the paper leaves it
-open, and the biases of `v` and `link` were 0. Our outputs begin with a ReLU, as in table 1 of van den Oord et al. 2016
-(https://arxiv.org/abs/1601.06759); the port leaves it out, and was given it. It has one index a place: several are in
-the laws only.
+Their loss is a mean over the T positions of a sample, ours a sum. Ours has the vertical stack of a row one row lower
+and shifts it in each layer, theirs in the first layer only; so for equal networks, the first row of our first kernel is
+0. Differs: above the first row of positions, theirs has the biases of the vertical stack, ours zeros, which the paper
+does not specify; for the comparison, the biases of `v` and `link` were 0. Our output layers begin with a ReLU, as in
+table 1 of van den Oord et al. 2016 (https://arxiv.org/abs/1601.06759); the port has none, so one was added to it. It
+has one index per position: models with several are only tested below.
 """
 
 import itertools
@@ -57,7 +57,7 @@ import aezoo
 from aezoo.errors import AezooError
 from aezoo.models.quantised.pixelcnn import GatedLayer, MaskedConv
 
-# fits without validation, and Lightning's advice on loaders
+# Lightning warns of fits without validation data and of loaders with few workers
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 # ---- causality -------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_first_layer_mask_b_leak_is_detected(shape: Any) -> None:
 
 def test_two_masked_stacks_have_no_blind_spot() -> None:
     class OneStack(nn.Module):
-        """PixelCNN of van den Oord et al. 2016 (1601.06759): 3x3 with the later half masked, layer by layer."""
+        """PixelCNN of van den Oord et al. 2016 (1601.06759): 3x3 convolutions, the later half of each kernel masked."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -94,7 +94,7 @@ def test_two_masked_stacks_have_no_blind_spot() -> None:
     OneStack()(x)[0, :, 4, 2].sum().backward()
     seen = x.grad[0].norm(dim=0) > 0
     assert seen[4, :2].all() and not seen[4, 2:].any()
-    assert not seen[3, 4]  # the row above, two to the right
+    assert not seen[3, 4]  # the blind spot: the row above, two columns to the right
     ours = dependence(prior("pixelcnn", (1, 5, 5), (4,), depth=6))[4 * 5 + 2].reshape(5, 5) > 0
     assert ours[:4].all() and ours[4, :2].all() and not ours[4, 2:].any()
 
@@ -103,15 +103,15 @@ def test_two_masked_stacks_have_no_blind_spot() -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_gated_layer_matches_figure_2_place_by_place(first: bool) -> None:
-    """Van den Oord et al. 2016, figure 2: sums over the places and channels that a place may see, by hand."""
+def test_gated_layer_matches_explicit_sums(first: bool) -> None:
+    """Figure 2 of van den Oord et al. 2016 as sums over the positions and channels that a position depends on."""
     Q, F, R, rows, columns = 2, 4, 1, 3, 4
     layer = GatedLayer(F, Q, R, vertical=True, dropout=0.5, first=first).double().eval()
     v, h = torch.randn(2, F, rows, columns, dtype=torch.float64).unbind()
     group = [c * Q // F for c in range(F)]
 
     def halves(pre: Tensor) -> Tensor:
-        """tanh(a) sigmoid(b): of the 2 F / Q features of a group, a are the first half."""
+        """tanh(a) sigmoid(b), where a is the first half of the 2 F / Q features of each group."""
         out = []
         for q in range(Q):
             a, b = pre[q * 2 * F // Q : (q + 1) * 2 * F // Q].chunk(2)

@@ -27,7 +27,7 @@ DIM, K = 4, 5
 
 
 def small(shifted: Any, **settings: Any) -> Any:
-    """In float64, away from where it starts, with a beta that is not 1."""
+    """A float64 model with random offsets added to its initial weights, and a beta other than 1."""
     given = {"hidden_dims": (16,), "latent_dim": DIM, "n_values": K, "beta": 0.6, **settings}
     return shifted(aezoo.create_model("qlae", (6,), **given)).double()
 
@@ -37,7 +37,7 @@ def data(n: int = 9) -> Tensor:
 
 
 def nearest(z: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The index of each number's nearest value, one number at a time: (N, D), (D, K) -> (N, D)."""
+    """The index of each number's nearest value: (N, D), (D, K) -> (N, D)."""
     return np.array([[int(np.argmin(np.abs(x - own))) for x, own in zip(row, values, strict=True)] for row in z])
 
 
@@ -78,7 +78,7 @@ def test_each_term_trains_its_parameters_straight_through(shifted: Any) -> None:
 
 
 def beta_law(cls: Any, shifted: Any) -> None:
-    """What is not the nll pulls z by beta and the values by 1, as differences written out say."""
+    """Without the nll, z has the gradient of beta ||z - sg(z_q)||^2 and the values have that of ||sg(z) - z_q||^2."""
     torch.manual_seed(3)
     model: Any = shifted(cls((6,), hidden_dims=(16,), latent_dim=DIM, n_values=K, beta=0.6)).double()
     x = data()
@@ -102,8 +102,8 @@ class BetaOnTheValues(QLAE):
         return terms | {"loss": terms["nll"] + terms["commitment"] + self.beta * terms["codebook"]}
 
 
-class NothingForTheValues(QLAE):
-    """vector-quantize-pytorch 1.32: both of its terms are of z_q as the estimator gives it, which passes to z only."""
+class NoCodebookGradient(QLAE):
+    """As in vector-quantize-pytorch 1.32: both terms use the straight-through z_q, whose gradient reaches z only."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -116,13 +116,13 @@ def test_beta_weights_only_the_commitment(shifted: Any) -> None:
     beta_law(QLAE, shifted)
 
 
-@pytest.mark.parametrize("rival", [BetaOnTheValues, NothingForTheValues])
+@pytest.mark.parametrize("rival", [BetaOnTheValues, NoCodebookGradient])
 def test_wrong_beta_placement_is_detected(rival: Any, shifted: Any) -> None:
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         beta_law(rival, shifted)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
+# ---- values of the codebook ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 5, 10])
@@ -141,7 +141,7 @@ def test_every_code_is_reachable_and_distinct(shifted: Any) -> None:
 
 
 def test_each_latent_equals_one_channel_vq(shifted: Any) -> None:
-    """A `VQ` of one channel for each number: codes, indices, terms and all gradients are the same."""
+    """Each number equals a `VQ` of one channel, with the same code, indices, terms and gradients."""
     quantiser = small(shifted).quantiser
     groups = GroupedVQ(DIM, DIM, K, update="gradient").double()
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_two_values_of_minus_and_plus_1_are_the_signs_of_lfq() -> None:
 
 
 def test_many_values_approach_dense_autoencoder(shifted: Any) -> None:
-    """Losses come together as the values do, and both terms vanish with the square of the spacing."""
+    """The loss converges to that of an autoencoder, and both terms vanish with the square of the spacing of values."""
     model, x, terms = small(shifted, n_values=400), data(), []
     dense: Any = aezoo.create_model("dense_ae", (6,), hidden_dims=(16,), latent_dim=DIM).double()
     for theirs, ours in ((dense.encoder, model.encoder), (dense.decoder, model.decoder)):
@@ -199,7 +199,7 @@ def test_codes_and_terms_match_peer_with_fixed_values(odd: int) -> None:
     out, _, loss = theirs(z)
     found = ours(z)
     torch.testing.assert_close(found.z_q, out)
-    # their index is one of all numbers, and holds for values that have not moved, to the bit
+    # theirs is one index for all numbers, and is exact only for the initial values
     packed = (found.indices * odd ** torch.arange(DIM)).sum(1)
     assert torch.equal(packed, theirs.codes_to_indices(found.z_q).long())
     torch.testing.assert_close(found.terms["commitment"], DIM * loss)  # theirs is a mean
@@ -216,7 +216,7 @@ def test_codes_and_terms_match_peer_with_fixed_values(odd: int) -> None:
 
 
 def on_data(dim: int, **settings: Any) -> Any:
-    """A model whose code is the sample itself."""
+    """A model with identity networks."""
     model: Any = QLAE((dim,), latent_dim=dim, likelihood="gaussian", **settings)
     model.encoder, model.decoder = nn.Identity(), nn.Identity()
     return model
@@ -224,7 +224,7 @@ def on_data(dim: int, **settings: Any) -> Any:
 
 @pytest.mark.slow
 def test_identity_nets_reach_k_means_per_latent() -> None:
-    """By their own term only, from where k-means starts, too."""
+    """By steps of the codebook term only, from the initial values given to k-means."""
     x = torch.rand(2000, 8, dtype=torch.float64) ** torch.linspace(0.3, 4, 8)
     model = on_data(8, n_values=6).double()
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_identity_nets_reach_k_means_per_latent() -> None:
 
     before = error()
     for _ in range(100):
-        # 2 n / N of the mean's gradient is Lloyd's step of a value that n of N chose
+        # N / (2 n) times this gradient is a step of Lloyd's algorithm, for a value chosen by n of N samples
         (gradient,) = torch.autograd.grad(model.loss(x)["codebook"], model.quantiser.value_DK)
         hits = torch.stack([torch.bincount(column, minlength=6) for column in model.encode_indices(x).T])
         with torch.no_grad():
@@ -250,7 +250,7 @@ def test_identity_nets_reach_k_means_per_latent() -> None:
     assert model.loss(x)["commitment"].item() * len(x) == pytest.approx(error(), rel=1e-9)
 
 
-# ---- what decays -----------------------------------------------------------------------------------------------------
+# ---- weight decay ----------------------------------------------------------------------------------------------------
 
 
 def test_weight_decay_applies_to_matrices_and_kernels_only() -> None:
@@ -307,7 +307,7 @@ def test_weight_decay_reaches_tokenizer_at_prior_value() -> None:
     assert any(p is prior.tokenizer.quantiser.value_DK for p in groups[2]["params"])
 
 
-# ---- values that cannot work -----------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

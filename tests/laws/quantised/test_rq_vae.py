@@ -36,7 +36,7 @@ from torch import Tensor
 
 from aezoo.models.quantised.rq_vae import RQVAE
 
-# ---- neutral limits --------------------------------------------------------------------------------------------------
+# ---- special cases ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_more_levels_reduce_error_with_shared_prefix(rows: Tensor) -> None:
         codebooks.append(model.quantiser.levels[0].code_KD)
         terms = model.loss(rows)
         indices = model.encode_indices(rows)
-        if levels == 4:  # a prefix of the levels is a code
+        if levels == 4:  # decode the first levels only
             partial = [model.decode_indices(indices.where(torch.arange(4)[:, None] < n, -1)) for n in (1, 2, 3, 4)]
             found = [float((x_hat - rows).double().square().sum()) for x_hat in partial]
             assert found == pytest.approx(errors, rel=1e-5)
-            # commitment adds what each level leaves over
+            # commitment sums the squared residuals of all levels
             assert terms["commitment"].item() * len(rows) == pytest.approx(sum(errors), rel=1e-4)
     for fewer, more in itertools.pairwise(errors):
         assert more < 0.85 * fewer

@@ -25,7 +25,7 @@ from quantised_laws import (  # noqa: F401
     trained_losses,
 )
 
-# ---- neutral limits --------------------------------------------------------------------------------------------------
+# ---- special cases ---------------------------------------------------------------------------------------------------
 
 
 def test_identity_sim_vq_equals_vq_before_updates() -> None:

@@ -1,16 +1,18 @@
 """Laws of SoftVQ-VAE, soft vector quantisation (Chen et al. 2024).
 
-The model was compared with the authors' code, in float64 on equal networks, weights and batch, one codebook, cosines.
-Differences are relative to the greatest value, those of gradients by the worst parameter, at tau 0.07 and 0.01.
+The model was compared with the authors' code, in float64 on equal networks, weights and batch, with one codebook and
+cosine similarities, at tau 0.07 and 0.01. Differences are relative to the largest value; for gradients, the largest
+over the parameters is given.
 
     https://github.com/Hhhhhhao/continuous_tokenizer, commit 7cc3e962cb4185e0f40a007ff140c059a6f6e84f
         modelling/quantizers/softvq.py, SoftVectorQuantizer  z_q 4.4e-15, nll 0, gradients of 53 parameters 5.2e-14
         ... gradient of the codes, detached in p as there    2.3e-15
         compute_entropy_loss at temperature 0.02             5.5e-6, gradients of 20 parameters 1.7e-7
 
-Ours has temperature 2 tau. They add 1e-6 in the logarithm of E[p], the difference of the entropies. Differs, see the
-model's docstring: they detach the codes in p (gradient of the codes up to 1.8 off), where the paper's formula and ours
-do not, and entropies have a temperature of their own. Without l2_norm they compare by dot products, ours by distances.
+Ours has temperature 2 tau. They add 1e-6 to E[p] in its logarithm, which causes the difference of the entropies.
+Differs, see the model's docstring: they detach the codes in p, unlike the paper's formula and ours, which changes the
+gradient of the codes by up to 1.8, and their entropies have a separate temperature. Without l2_norm they compare by dot
+products, ours by distances.
 """
 
 import math
@@ -72,7 +74,7 @@ def test_the_mixture_is_the_softmax_of_squared_distances(temperature: float, cos
 
 
 def test_cosine_mixture_is_softmax_at_half_temperature(shifted: Any) -> None:
-    """As the paper's code has it, temperature 0.07."""
+    """The paper's code divides cosines by 0.07."""
     model, x = small("soft_vq", shifted, temperature=0.14).eval(), data()
     cosines = F.cosine_similarity(model.encoder(x).transpose(1, 2)[:, :, None], model.code_KD, dim=-1)
     torch.testing.assert_close(model.mixtures(x)[1], (cosines / 0.07).softmax(-1))
@@ -101,9 +103,9 @@ def test_temperature_limits_are_nearest_code_and_mean(cosine: bool, shifted: Any
 
 @pytest.mark.parametrize("cosine", [True, False])
 def test_codes_and_tokens_get_paper_mixture_gradient(cosine: bool, shifted: Any) -> None:
-    """By the chain rule through p C and both entropies: codes get it as what is mixed and by their affinities.
+    """Analytic gradients through p C and both entropies: the codes get one as mixed vectors and one through p.
 
-    The second part of a code's is what the authors' code leaves out.
+    The authors' code leaves out the second.
     """
     T, w, gamma, g = 0.5, 0.7, 1.3, torch.randn(3, DIM, N, dtype=torch.float64)
     model = small("soft_vq", shifted, temperature=T, cosine=cosine, entropy_weight=w, gamma=gamma)
@@ -119,7 +121,7 @@ def test_codes_and_tokens_get_paper_mixture_gradient(cosine: bool, shifted: Any)
     p = scipy.special.softmax(-squares(a[None], c)[0] / T, axis=1)
     of_p = of_q @ c.T + w / 3 * (gamma * np.log(p.mean(0)) - np.log(p))
     of_logit = p * (of_p - (p * of_p).sum(1, keepdims=True))
-    pull = 2 / T * (c[None] - a[:, None])  # of a logit with respect to its token; to its code it is the negative
+    pull = 2 / T * (c[None] - a[:, None])  # derivative of a logit by its token; by its code, the negative
     of_a = np.einsum("mk,mkd->md", of_logit, pull)
     mixed, by_affinity = p.T @ of_q, -np.einsum("mk,mkd->kd", of_logit, pull)
     of_c = mixed + by_affinity
@@ -180,7 +182,7 @@ def test_soft_vq_loss_matches_formula(cosine: bool, training: bool, shifted: Any
 
 
 def entropies_at(p: Tensor) -> Tensor:
-    """What the regulariser of a model is at given mixtures, (B, N, K) -> (), with gamma 1."""
+    """The entropy regulariser with gamma 1 at given mixtures, (B, N, K) -> ()."""
     model = SoftVQ(SHAPE, **{**SMALL, "n_tokens": p.shape[1]}, entropy_weight=1.0).double()
     model.mixtures = lambda x: (torch.zeros(len(p), DIM, p.shape[1], dtype=torch.float64), p)  # type: ignore[method-assign]
     terms = model.loss(data(len(p)))
@@ -188,7 +190,7 @@ def entropies_at(p: Tensor) -> Tensor:
 
 
 def test_entropy_loss_is_least_for_one_hot_diverse_tokens() -> None:
-    """There it is -N log K; 0 for equal mixtures of any kind; between these else, by the concavity of entropy."""
+    """-N log K for one-hot diverse tokens, 0 for equal mixtures, and in between otherwise, as entropy is concave."""
     best = F.one_hot(torch.arange(K).repeat(N).reshape(K, N), K).double()
     assert entropies_at(best).item() == pytest.approx(-N * math.log(K))
     same = torch.full((K, N, K), 1 / K, dtype=torch.float64)
@@ -198,7 +200,7 @@ def test_entropy_loss_is_least_for_one_hot_diverse_tokens() -> None:
     for spread in (0.5, 2.0, 8.0):
         p = (spread * torch.randn(K, N, K, dtype=torch.float64)).softmax(2)
         assert -N * math.log(K) < entropies_at(p).item() < 0
-    # a step from the best goes up in every direction that mixtures can take
+    # a small step from the minimum towards any other mixtures increases the loss
     for _ in range(5):
         other = torch.randn(K, N, K, dtype=torch.float64).softmax(2)
         assert entropies_at(0.99 * best + 0.01 * other) > entropies_at(best)
@@ -211,9 +213,9 @@ def test_mixtures_of_one_code_have_finite_gradients(shifted: Any) -> None:
 
 
 def test_code_usage_is_computed_over_ranks(shifted: Any) -> None:
-    """Two ranks give the loss and the gradients of one; entropies of each rank's own use would give others."""
+    """Two ranks give the loss and gradients of one process, which entropies computed on each rank would not."""
     model, x = small("soft_vq", shifted, temperature=0.4, entropy_weight=2.0), data(8)
-    x[:4] *= 0.1  # the ranks differ in what they use
+    x[:4] *= 0.1  # so that the ranks use different codes
     with SharedNoise(range(8), 8):
         whole = model.loss(x)
     wanted = torch.autograd.grad(whole["loss"], [*model.parameters()])
@@ -225,11 +227,11 @@ def test_code_usage_is_computed_over_ranks(shifted: Any) -> None:
     assert alone.terms["diversity"] < whole["diversity"] - 1e-3
 
 
-# ---- starts and refusals ---------------------------------------------------------------------------------------------
+# ---- initialisation --------------------------------------------------------------------------------------------------
 
 
 def test_soft_vq_codes_start_at_k_means() -> None:
-    """With as many codes as different rows, each row is a code."""
+    """With as many codes as distinct rows, each row is a code."""
     torch.manual_seed(0)
     model, x = SoftVQ(SHAPE, **{**SMALL, "codebook_size": 3 * N}, temperature=1e-4), torch.rand(3, *SHAPE)
     with torch.no_grad():

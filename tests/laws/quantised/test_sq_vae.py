@@ -1,7 +1,8 @@
 """Laws of SQ-VAE, a stochastically quantised VAE (Takida et al. 2022).
 
 The model was compared with the authors' code, in float64 on equal networks, weights, batch and Gumbel noise, for the
-three kinds of variance. Differences are relative to the greatest value, those of gradients by the worst parameter.
+three kinds of variance. Differences are relative to the largest value; for gradients, the largest over the parameters
+is given.
 
     https://github.com/sony/sqvae, commit dc88ab1a48f7596b3650e19de65e81b8f0498ee4
         vision/quantizer.py, GaussianVectorQuantizer  z_q 4.2e-16 in training, 0 in evaluation
@@ -10,8 +11,8 @@ three kinds of variance. Differences are relative to the greatest value, those o
 
 Ours adds P log K and the constants of the Gaussian, with v for their mean squared error. Differs: kld_continuous takes
 the relaxed code (16.9 nats where ours has 39.8), ours the mean over codes, as the paper; with codes almost one-hot, the
-mean of 400 of their draws is 39.93, with a standard error of 0.08. Variances of a sample or place are added there and
-multiplied here.
+mean of 400 of their draws is 39.93, with a standard error of 0.08. Variances of each sample or position are added to
+the common variance in theirs and multiplied with it in ours.
 """
 
 import itertools
@@ -39,7 +40,7 @@ from aezoo.models.quantised.sq_vae import SQVAE
 from aezoo.quantisers import VQ, StochasticVQ
 from aezoo.quantisers.stochastic_vq import VARIANCES
 
-K, P, DIM = 3, 2, 4  # codes, places and channels, so few that all codes of a sample can be listed
+K, P, DIM = 3, 2, 4  # codebook size, positions and channels, small enough to list all codes of a sample
 
 
 SHAPE = (1, 11, 9)
@@ -52,7 +53,7 @@ every_variance = pytest.mark.parametrize("variance", VARIANCES)
 
 
 def tiny(shifted: Any, **settings: Any) -> Any:
-    """P places of K codes on vectors of 6, in float64, with codes that are neither sure nor uniform."""
+    """A float64 model of vectors of 6 with P positions of K codes, each neither certain nor uniform."""
     given = {"latent_dim": DIM, "codebook_size": K, "places": P, "net": "mlp", "hidden_dims": (12,)}
     model = shifted(aezoo.create_model("sq_vae", input_shape=(6,), **given | settings)).double()
     with torch.no_grad():
@@ -67,7 +68,7 @@ def vectors(n: int = 5) -> Tensor:
 
 
 def parts(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What is compared with codes, and its variance, by the paper: (B, P, D), (B, P, 1)."""
+    """The encoder's z without its variance channel, and its variance s^2: (B, P, D), (B, P, 1)."""
     z_BPD = model.encoder(x).flatten(2).movedim(1, 2)
     s2 = model.quantiser.log_variance.exp().expand(*z_BPD.shape[:2], 1)
     if model.quantiser.variance == "one":
@@ -79,13 +80,13 @@ def parts(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squares(model: Any, x: Tensor) -> Tensor:
-    """||z - e_k||^2 / (2 s^2) of every code, by differences: (B, P, K)."""
+    """||z - e_k||^2 / (2 s^2) of every code: (B, P, K)."""
     z_BPD, s2_BP1 = parts(model, x)
     return (z_BPD[:, :, None] - model.quantiser.code_KD).square().sum(3) / (2 * s2_BP1)
 
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, g_BPK: Tensor) -> None:
-    """Let this be the Gumbel noise of every draw."""
+    """Return this Gumbel noise in every draw."""
     for module in (aezoo.distributions.categorical, sq_vae):
         monkeypatch.setattr(module, "sample_gumbel", lambda like: g_BPK.view_as(like))
 
@@ -125,7 +126,7 @@ def test_terms_are_means_over_all_codes_of_a_sample(variance: str, training: boo
 
 @every_variance
 def test_terms_sum_to_mixture_density_at_codes(variance: str, shifted: Any) -> None:
-    """-log of the mean of N(z; e_k, s^2), but for what a code at z itself would have; the score adds it up."""
+    """-log of the mean over codes of N(z; e_k, s^2), relative to its value at z = e_k, is the sum of both terms."""
     model, x = tiny(shifted, variance=variance).eval(), vectors()
     z_BPD, s2_BP1 = parts(model, x)
     scale = s2_BP1.sqrt()[..., None].expand(-1, -1, K, DIM)
@@ -142,7 +143,7 @@ def test_terms_sum_to_mixture_density_at_codes(variance: str, shifted: Any) -> N
 
 @every_variance
 def test_terms_depend_on_distances_relative_to_sigma(variance: str, shifted: Any) -> None:
-    """All vectors moved by the same, or z, the codes and s together made larger, change no term and no draw."""
+    """Terms and draws stay the same when z and the codes are translated, or scaled together with s."""
     model, x = tiny(shifted, variance=variance).quantiser.train(), torch.randn(5, DIM + 1, P).double()
     x = x[:, : model.dim]
     torch.manual_seed(1)
@@ -162,11 +163,11 @@ def test_terms_depend_on_distances_relative_to_sigma(variance: str, shifted: Any
             torch.testing.assert_close(found.terms[term], value)
 
 
-# ---- what shares the variance ----------------------------------------------------------------------------------------
+# ---- variance per sample or position ---------------------------------------------------------------------------------
 
 
 def own_channel(variance: str, own: Tensor) -> tuple[StochasticVQ, Tensor]:
-    """A quantiser with the given last channel of z, (B, P): itself and z."""
+    """A quantiser and z, whose last channel is the given log factor of the variance, (B, P)."""
     torch.manual_seed(2)
     quantiser = StochasticVQ(DIM, K, variance=variance, start_variance=1.5).double().eval()
     z = torch.randn(len(own), DIM, own.shape[1], dtype=torch.float64)
@@ -188,9 +189,9 @@ def test_variance_modes_scale_per_sample_or_position() -> None:
     for variance, log_factor in (("sample", own.mean(1, keepdim=True).expand(-1, P)), ("place", own)):
         quantiser, z = own_channel(variance, own)
         torch.testing.assert_close(quantiser.logits(z), one * (-log_factor).exp()[..., None])
-        # of a batch, and of single samples
+        # a sample's logits do not depend on the rest of the batch
         torch.testing.assert_close(quantiser.logits(z[2:4]), quantiser.logits(z)[2:4])
-        assert torch.equal(quantiser(z).indices, plain[0](plain[1]).indices)  # it orders no codes
+        assert torch.equal(quantiser(z).indices, plain[0](plain[1]).indices)  # the factor keeps the order of the codes
     assert torch.equal(own_channel("place", own[:, :1])[0].logits(z[:, :, :1]), quantiser.logits(z)[:, :1])
 
 
@@ -210,7 +211,7 @@ def test_the_encoder_gives_the_variance_a_channel(variance: str, net: str, shift
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_zero_variance_equals_vq(hard: bool) -> None:
-    """As s falls to 0: the nearest code whatever is drawn, a KL of log K, and VQ's commitment over 2 s^2."""
+    """As s goes to 0, draws are the nearest code, the KL is log K, and dequantisation is VQ's commitment over 2 s^2."""
     torch.manual_seed(0)
     quantiser = StochasticVQ(DIM, 9, start_variance=1e-6, hard=hard).double().train()
     vq = VQ(DIM, 9, update="gradient").double().train()
@@ -226,7 +227,7 @@ def test_zero_variance_equals_vq(hard: bool) -> None:
 
 
 def test_large_variance_gives_uniform_codes() -> None:
-    """As s grows: entropy log K, KL and dequantisation of 0, shares of 1 / K."""
+    """As s grows, codes are drawn uniformly, and KL and dequantisation go to 0."""
     quantiser = StochasticVQ(DIM, 9, start_variance=2e4, hard=True).double().train()
     z = torch.randn(2000, DIM, 3, dtype=torch.float64)
     found = quantiser(z)
@@ -255,7 +256,7 @@ def test_extreme_log_variance_stays_finite(log_variance: float) -> None:
 
 
 def on_a_square(variance: float, noise: float, **settings: Any) -> tuple[Any, Tensor]:
-    """Identity networks on samples near four codes, the corners of a square, and the samples."""
+    """Identity networks with four codes at the corners of a square, and samples near them."""
     model: Any = aezoo.create_model(
         "sq_vae", (2,), latent_dim=2, codebook_size=4, places=1, net="mlp", hidden_dims=(), hard=True, **settings
     ).double()
@@ -270,7 +271,7 @@ def on_a_square(variance: float, noise: float, **settings: Any) -> tuple[Any, Te
 
 
 def slope(model: Any, x: Tensor) -> float:
-    """How the exact loss changes with log s^2: log of the expected error, all codes enumerated, and the terms."""
+    """The derivative with respect to log s^2 of the exact loss, with expectations over all codes."""
     d_BK = (model.encoder(x).movedim(1, 2) - model.quantiser.code_KD).square().sum(2)
     log_q_BK = (-d_BK / (2 * model.quantiser.log_variance.exp())).log_softmax(1)
     x_hat_KD = model.decoder(model.quantiser.code_KD[:, :, None])
@@ -282,10 +283,10 @@ def slope(model: Any, x: Tensor) -> float:
 
 @pytest.mark.parametrize("variance", [0.5, 1.0, 2.0])
 def test_variance_falls_with_fit_and_grows_if_ignored(variance: float) -> None:
-    """The sign of the gradient, of the exact loss and of what training computes from hard draws."""
+    """The sign of the gradient of the exact loss, from its value at zero noise."""
     model, x = on_a_square(variance, 0.005)
     fits = slope(model, x)
-    # E d = Var d / 2 at two sides of a square that are chosen with the same probability, independently: 1 - p
+    # each of 2 coordinates is wrong with probability 1 - p and adds 4 to d, of mean `shift` and variance `spread`
     p = 1 / (1 + math.exp(-2 / variance))
     shift, spread = 4 * 2 * (1 - p), 16 * 2 * p * (1 - p)
     by_hand = (spread / shift - shift) / (2 * variance)
@@ -299,7 +300,7 @@ def test_variance_falls_with_fit_and_grows_if_ignored(variance: float) -> None:
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_variance_update_has_sign_of_exact_gradient(reads: bool) -> None:
-    """Relaxed draws at a low temperature, whose gradient is that of the mean but for a small bias."""
+    """Relaxed draws at a low temperature have a nearly unbiased gradient."""
     model, x = on_a_square(1.0, 0.02, temperature_steps=0, temperature=0.1)
     model.quantiser.hard = False
     if not reads:
@@ -312,7 +313,7 @@ def test_variance_update_has_sign_of_exact_gradient(reads: bool) -> None:
 
 
 def test_variance_gradient_grows_with_decoder_precision(shifted: Any) -> None:
-    """What the nll wants of s is 1 / v times one number, and what the other terms want is not."""
+    """The gradient of s from the nll is proportional to 1 / v."""
     model, x = tiny(shifted, hard=True).eval(), vectors()
     slopes = []
     for scale in (3.0, 0.3, 0.03):
@@ -329,7 +330,7 @@ def test_variance_gradient_grows_with_decoder_precision(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_training_reduces_variance() -> None:
-    """The paper's observation: s^2 falls while codes learn, and q becomes sure."""
+    """As in the paper, s^2 falls while codes are learnt, and q becomes confident."""
     model, x = on_a_square(1.0, 0.1)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     seen = []
@@ -350,7 +351,7 @@ def test_training_reduces_variance() -> None:
 def test_nll_is_computed_at_sampled_codes(
     tau: float, variance: str, shifted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In training of relaxed codes with the v that fits best, in evaluation of codes with its running mean."""
+    """Training uses relaxed codes and the v that fits the batch best, evaluation drawn codes and the running mean."""
     model, x = tiny(shifted, variance=variance, temperature=tau, start_temperature=tau), vectors()
     g_BPK = gumbel_noise()
     with_noise(monkeypatch, g_BPK)
@@ -362,14 +363,14 @@ def test_nll_is_computed_at_sampled_codes(
         found = model.train(training).loss(x)
         torch.testing.assert_close(found["sigma"], sigma)
         torch.testing.assert_close(found["nll"], -D.Normal(x_hat, sigma).log_prob(x).sum(1).mean())
-        # the running mean is of log sigma, and of training only
+        # the running mean, of log sigma, is updated in training only
         step = 0.1 if training else 0.0
         wanted = (1 - step) * math.log(0.4) + step * math.log(sigma)
         assert float(model.likelihood.log_scale) == pytest.approx(wanted)
 
 
 def test_nll_gradient_matches_log_squared_error(shifted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """X / 2 log of the mean squared error, as the authors' code has it: v itself needs no gradient."""
+    """X / 2 log of the mean squared error, as in the authors' code: v itself needs no gradient."""
     model, x = tiny(shifted).train(), vectors()
     with_noise(monkeypatch, gumbel_noise())
     x_hat = model.decoder(model.draw(x).z_q)
@@ -435,7 +436,7 @@ def test_hard_codes_have_relaxed_gradient(shifted: Any, monkeypatch: pytest.Monk
 
 
 def test_positions_and_samples_are_drawn_independently(shifted: Any) -> None:
-    """At a uniform q two places agree in 1 of K, in training and in evaluation."""
+    """With a uniform q, two positions have the same code with probability 1 / K, in training and evaluation."""
     model = tiny(shifted, hard=True)
     with torch.no_grad():
         model.quantiser.log_variance.fill_(10)
@@ -480,7 +481,7 @@ def test_likelihood_trains_all_terms_train_encoder_codes(variance: str, shifted:
     assert moved == {"nll": every, "kl": every - {"decoder"}, "dequantisation": every - {"decoder"}}
 
 
-def test_the_temperature_falls_by_a_constant_factor() -> None:
+def test_temperature_decays_geometrically() -> None:
     model: Any = aezoo.create_model(
         "sq_vae", SHAPE, **SMALL, start_temperature=2.0, temperature=0.5, temperature_steps=10
     )
@@ -499,7 +500,7 @@ def test_training_anneals_temperature_and_indices_roundtrip(quiet: Any) -> None:
     x = (torch.rand(40, 1, 1, 1) * torch.rand(40, *SHAPE)).clamp(0, 1)
     trainer, batches = quiet(max_epochs=3), DataLoader(x, batch_size=10)
     trainer.fit(model, batches, batches)
-    assert model.steps == 11  # of the last of 12
+    assert model.steps == 11  # the last of 12 steps, counted from 0
     torch.testing.assert_close(model.quantiser.temperature, model.tau())
     assert 0.5 < model.tau() < 0.95
     found = trainer.validate(model, batches, verbose=False)[0]

@@ -36,7 +36,7 @@ from aezoo.models.quantised.titok import TiTok
 
 
 def reference_titok(model: Any, x: Tensor, beta: float, wrong: bool = False) -> dict[str, float]:
-    """Terms of equation 2 with codes l2-normalised, by numpy; wrong puts beta on the codebook's term."""
+    """Terms of equation 2 with l2-normalised codes, by numpy; wrong puts beta on the codebook term."""
     u, codes = rows_of(model, x), model.quantiser.code_KD.detach().numpy()
     if model.quantiser.cosine:
         u, codes = unit(u), unit(codes)
@@ -60,7 +60,7 @@ def test_titok_loss_matches_formula(update: str, cosine: bool, shifted: Any) -> 
 
 
 def beta_law(cls: type[TiTok], shifted: Any) -> None:
-    """Beta scales what moves the encoder and leaves what moves the codes."""
+    """Beta scales the gradient of the encoder, not that of the codes."""
     x, found = data(), {}
     for beta in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ def beta_law(cls: type[TiTok], shifted: Any) -> None:
 
 
 class BetaOnTheCodebook(TiTok):
-    """1d-tokenizer #95, as taming-transformers before it: sg(z) in the term that beta weights."""
+    """As in 1d-tokenizer #95 and taming-transformers: beta weights the term with sg(z)."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -134,7 +134,7 @@ def test_indices_roundtrip_after_training(update: str, shifted: Any) -> None:
 
 
 def test_the_gradient_passes_the_quantiser_straight_through(shifted: Any) -> None:
-    """With cosine, through z / ||z|| too: what reaches z is what reaches z_q, less its part along z, over ||z||."""
+    """With cosine, the gradient of z is that of z_q without its component along z, divided by ||z||."""
     model, x = small("titok", shifted, beta=0.0).eval(), data(3)
     z = model.encoder(x)
     z_q = model.quantiser(z).z_q

@@ -1,16 +1,17 @@
 """Laws of VP-VAE, vector perturbation autoencoder (Zhai et al. 2026).
 
 The model was compared with the authors' code, in float64 on equal networks, weights, batch, queue and random numbers,
-at three values of eta and k. Differences are relative to the greatest value, those of gradients by the worst parameter.
+at three values of eta and k. Differences are relative to the largest value; for gradients, the largest over the
+parameters is given.
 
     https://github.com/zhai-lw/vp-vae, commit 2ae367dc471c7c6d4194232bc10ce8203d98ecce
         vp/vp.py, VectorPerturbation in training   z_q 1.3e-16, nll 0, gradients of 8 parameters 3.8e-16
         ... in evaluation, on equal codes          z_q 5.2e-17, indices equal
-        vp/l_utils.py, VectorNorm none-var         term of means 4.2e-16, of variances 0 with N for N - 1
+        vp/l_utils.py, VectorNorm none-var         term of means 4.2e-16, of variances 0 with N instead of N - 1
 
-Ours sums over channels and places, theirs is a mean. Differs: their variance divides by N - 1, ours by N, so that two
-ranks have the value of one; the term is 0.4 % to 1.2 % off at 24 rows, and the paper leaves it open. They compute codes
-by k-means of the queue before evaluation; ours are moving averages.
+Ours sums over channels and positions, theirs is a mean. Differs: their variance divides by N - 1, ours by N, so that
+two ranks give the value of one process; the term differs by 0.4 % to 1.2 % at 24 rows, and the paper does not specify
+it. They compute codes by k-means of the queue before evaluation; ours are moving averages.
 """
 
 import math
@@ -48,11 +49,11 @@ def draws(n: int, dim: int = D) -> tuple[Tensor, Tensor, Tensor]:
     return direction, radius, coin
 
 
-# ---- moves -----------------------------------------------------------------------------------------------------------
+# ---- perturbations ---------------------------------------------------------------------------------------------------
 
 
 def by_numpy(z: Any, queue: Any, given: Any, eta: float, k: int) -> tuple[Any, Any]:
-    """Algorithm 1, a row at a time: moves, and whether they are accepted."""
+    """Algorithm 1 for each row: perturbations, and whether they are accepted."""
     m, dim, moves, accepted = math.ceil(len(queue) / K), z.shape[1], [], []
 
     def nth(point: Any, n: int) -> float:
@@ -77,7 +78,7 @@ def test_perturbations_match_paper_in_numpy(eta: float, k: int) -> None:
     assert quantiser.m == 5 and not quantiser.queue_SD.requires_grad
 
 
-def test_rows_are_compared_in_parts(monkeypatch: Any) -> None:
+def test_perturbations_do_not_depend_on_chunk_size(monkeypatch: Any) -> None:
     quantiser, z, given = built(), torch.randn(80, D, dtype=torch.float64), draws(80)
     whole = quantiser.perturb(z, *given)
     monkeypatch.setattr("aezoo.quantisers.vector_perturbation._ROWS", 7)
@@ -97,8 +98,8 @@ def test_distances_match_float64_sort_for_any_queue(size: int, k: int, shift: fl
 
 
 @pytest.mark.slow
-def test_moves_keep_the_estimated_density() -> None:
-    """On a line the estimate 1 / D_k can be summed: rows drawn from it are moved ten times, and drawn again."""
+def test_perturbations_keep_the_estimated_density() -> None:
+    """In one dimension the estimate 1 / D_k can be normalised on a grid: perturbations keep its distribution."""
     torch.manual_seed(0)
     quantiser = VectorPerturbation(1, 6, queue_size=60, neighbours=8, eta=1.5).double()
     quantiser.queue_SD.copy_(torch.randn(60, 1).abs().double() * torch.tensor([-1.0, 3.0]).repeat(30)[:, None])
@@ -121,7 +122,7 @@ def test_moves_keep_the_estimated_density() -> None:
     assert (z != start).double().mean() > 0.9
 
 
-def test_moves_grow_with_eta_and_with_fewer_codes() -> None:
+def test_perturbations_grow_with_eta_and_with_fewer_codes() -> None:
     z, given, queue = torch.randn(400, D), draws(400), torch.randn(200, D).double()
     lengths = {}
     for size, eta in ((100, 1.0), (10, 1.0), (10, 0.5), (10, 0.0)):
@@ -139,7 +140,7 @@ def test_equal_rows_in_the_queue_stay_finite() -> None:
     assert found.z_q.isfinite().all() and all(term.isfinite() for term in found.terms.values())
 
 
-# ---- what trains -----------------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_passes_unchanged_and_codes_get_none() -> None:

@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from aezoo.models.quantised.vq_vae import VQVAE
 from aezoo.quantisers import VQ, GroupedVQ
 
-# ---- the loss, written out a place at a time -------------------------------------------------------------------------
+# ---- loss ------------------------------------------------------------------------------------------------------------
 
 
 def test_training_step_updates_code_counts_once() -> None:
@@ -52,12 +52,12 @@ def test_training_step_updates_code_counts_once() -> None:
     hits = np.bincount(model.eval().encode_indices(x).flatten().numpy(), minlength=7)
     model.train().loss(x)
     expected = 0.99 * before.numpy() + 0.01 * hits
-    moved = model.quantiser.count_K != len(x) * PLACES / 7  # a code that died has been restarted
+    moved = model.quantiser.count_K != len(x) * PLACES / 7  # all but the codes that were restarted
     assert int(moved.sum()) > 0
     np.testing.assert_allclose(model.quantiser.count_K[moved].numpy(), expected[moved.numpy()], rtol=1e-6)
 
 
-# ---- where gradients go ----------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["diveq", "gumbel"])
@@ -69,7 +69,7 @@ def test_diveq_and_gumbel_codes_get_decoder_gradient(estimator: str) -> None:
     assert of_codes.abs().max() > 0
 
 
-# ---- neutral limits --------------------------------------------------------------------------------------------------
+# ---- special cases ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"update": "gradient"}, {"cosine": True}, {"dead_below": 3.0, "decay": 0.5}])
@@ -88,7 +88,7 @@ def test_one_group_equals_vq_vae_with_legacy_names(settings: dict[str, Any]) -> 
     [{}, {"update": "gradient"}, {"cosine": True}, {"estimator": "rotation"}, {"dead_below": 3.0, "decay": 0.5}],
 )
 def test_groups_equal_separate_vq_vaes(settings: dict[str, Any]) -> None:
-    """Terms are the sums of theirs and a place's indices theirs in turn, in training and evaluation, and so learn."""
+    """Terms are summed over the groups, and the indices of a position are those of its groups in turn."""
     settings = {"codebook_size": 7, "beta": 0.6, **settings}
     whole = spread(built("vq_vae", latent_dim=DIM, n_groups=2, **settings).double())
     parts = [built("vq_vae", latent_dim=DIM // 2, **settings).double().quantiser for _ in range(2)]
@@ -131,10 +131,10 @@ def test_identity_nets_reach_k_means_inertia(rows: Tensor, batch: int, decay: fl
     found = error(model, rows)
     assert start > 1.3 * reference
     assert found < 1.01 * reference
-    # which is what both terms of the loss count
+    # both terms of the loss are this error
     terms = model.loss(rows)
     assert terms["commitment"].item() * len(rows) == pytest.approx(found, rel=1e-4)
-    constant = 0.5 * 64 * math.log(math.pi)  # of a variance of 1 / 2
+    constant = 0.5 * 64 * math.log(math.pi)  # of a Gaussian of variance 1 / 2
     assert (terms["nll"].item() - constant) * len(rows) == pytest.approx(found, rel=1e-3)
 
 
@@ -162,7 +162,7 @@ def test_codes_are_initialised_once_from_first_batch(rows: Tensor) -> None:
 
 
 def test_channel_groups_reach_k_means(rows: Tensor) -> None:
-    """Which gives 20^2 codes where one codebook of as many numbers has 20."""
+    """2 groups of 20 codes make 20^2 codes, where a single codebook of as many numbers has 20."""
     model = on_data(VQVAE, 64, codebook_size=20, n_groups=2, decay=0.5, dead_below=0.0).train()
     model.begin_step((rows,), 0)
     reference = sum(
@@ -179,7 +179,7 @@ def test_channel_groups_reach_k_means(rows: Tensor) -> None:
     assert error(model, rows) < 0.9 * one_book
 
 
-# ---- what is used ----------------------------------------------------------------------------------------------------
+# ---- usage -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from aezoo.quantisers.base import Quantised
 
 
 def two_levels(shifted: Any, **settings: Any) -> VQVAE2:
-    """With codes that lie where the encoders put their rows, so that all of them are in use."""
+    """A model whose codes are initialised near the encoder's rows, so that all of them are in use."""
     given = SMALL | {"top_dims": (5,), "dead_below": 0.0, "data_init": False} | settings
     model = shifted(aezoo.create_model("vq_vae_2", input_shape=SHAPE, **given)).double()
     assert isinstance(model, VQVAE2)
@@ -41,14 +41,14 @@ def images(n: int = 6) -> Tensor:
     return torch.rand(n, *SHAPE, dtype=torch.float64)
 
 
-# ---- vq_vae_2: what depends on what ----------------------------------------------------------------------------------
+# ---- vq_vae_2: dependencies ------------------------------------------------------------------------------------------
 
 
 OF_TOP = ("encoder.", "top_encoder.", "top.")
 
 
 class TopReadsBottom(VQVAE2):
-    """The top is quantised after the bottom, of what the bottom's codes leave."""
+    """The top quantises the features minus the mean over channels of the bottom's code."""
 
     def quantise(self, x: Tensor) -> Quantised:
         h = self.encoder(x)
@@ -60,7 +60,7 @@ class TopReadsBottom(VQVAE2):
 
 
 def top_law(model: VQVAE2) -> None:
-    """The indices of the top grid stay whatever the weights and codes of the bottom become."""
+    """The indices of the top grid do not depend on the weights and codes of the bottom."""
     x, n_top = images(40), model.places[0]
     model.eval()
     before = model.encode_indices(x)
@@ -85,7 +85,7 @@ def test_top_reading_bottom_is_detected(shifted: Any) -> None:
 
 
 def test_bottom_indices_depend_on_top_codes(shifted: Any) -> None:
-    """It is conditional: other top codes on the same features give another bottom."""
+    """Other top codes give other bottom indices for the same features."""
     model, x = two_levels(shifted).eval(), images(40)
     before = model.encode_indices(x)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_bottom_indices_depend_on_top_codes(shifted: Any) -> None:
 
 
 def test_top_and_bottom_codes_have_their_gradients(shifted: Any) -> None:
-    """By diveq, where a gradient reaches codebooks through the codes themselves."""
+    """With diveq, gradients reach codebooks through the codes themselves."""
     model = two_levels(shifted, update="gradient", estimator="diveq").train()
     z_q = model.quantise(images()).z_q
     n_top, both = model.places[0], [model.top.code_KD, model.bottom.code_KD]
@@ -124,11 +124,11 @@ def test_each_term_trains_its_own_networks(update: str, shifted: Any) -> None:
     assert moved.get("codebook", {"top", "bottom"}) == {"top", "bottom"}
 
 
-# ---- vq_vae_2: its formula -------------------------------------------------------------------------------------------
+# ---- vq_vae_2: loss --------------------------------------------------------------------------------------------------
 
 
 def by_hand(model: VQVAE2, x: Tensor) -> dict[str, Tensor]:
-    """The terms by distances and one-hot products, (), of nets and codes only."""
+    """The terms, (), computed from the networks and codes only."""
 
     def nearest(z: Tensor, code_KD: Tensor) -> tuple[Tensor, Tensor]:
         rows = z.movedim(1, -1)
@@ -163,7 +163,7 @@ def formula_law(model: VQVAE2) -> None:
 
 
 class BetaOnTheCodebook(VQVAE2):
-    """The fault of six public ports: beta weights the term that trains the codes."""
+    """A common mistake of public ports: beta weights the term that trains the codes."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         z_q, _, terms = self.quantise(x)
@@ -173,7 +173,7 @@ class BetaOnTheCodebook(VQVAE2):
 
 
 class MeanCommitment(VQVAE2):
-    """A mean over channels and places, where the likelihood is a sum."""
+    """A mean over channels and positions, although the likelihood is a sum."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -214,10 +214,10 @@ def test_ignored_top_level_equals_vq_vae(shifted: Any) -> None:
     model, x = two_levels(shifted), images()
     one = aezoo.create_model("vq_vae", input_shape=SHAPE, **SMALL, dead_below=0.0, data_init=False).double()
     with torch.no_grad():
-        model.to_bottom.weight[:, 5:] = 0  # after the features' five channels
+        model.to_bottom.weight[:, 5:] = 0  # the first five channels are the features
         head = model.decoder[1][0]
         head.weight[:, :4] = 0
-        # the encoder's last layer and `to_bottom` are linear maps of channels, one after the other
+        # the encoder's last layer and `to_bottom` are successive linear maps of channels
         first, second = model.encoder[-1], model.to_bottom
         w_1, w_2 = first.weight[:, :, 0, 0], second.weight[:, :5, 0, 0]
         one.encoder.load_state_dict(
@@ -251,7 +251,7 @@ def averages(code: Any, sums: Any, counts: Any, rows: Any, chosen: Any, decay: f
 
 
 def test_a_step_moves_both_codebooks_to_their_cluster_means(shifted: Any) -> None:
-    """With decay 0 the codes are the means of the rows that chose them; with 0.8 moving averages."""
+    """With decay 0 the codes become the means of the rows that chose them; with 0.8 moving averages."""
     for decay in (0.0, 0.8):
         model, x = two_levels(shifted, decay=decay).train(), images(9)
         with torch.no_grad():
@@ -279,7 +279,7 @@ def test_a_step_moves_both_codebooks_to_their_cluster_means(shifted: Any) -> Non
 
 
 def test_init_is_k_means_top_then_bottom(shifted: Any) -> None:
-    """A fixed point of Lloyd's step on rows that each level will see, in training mode, where nothing learns yet."""
+    """The codes of each level are a fixed point of Lloyd's algorithm on its rows."""
     model, x = two_levels(shifted).train(), images(9)
     model.init_from_data(x)
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_codes_are_top_first_each_grid_row_by_row(net: str, shape: tuple[int, ..
     assert torch.equal(code[..., n_top:].reshape(bottom.z_q.shape), bottom.z_q)
     assert torch.equal(indices[..., :n_top].reshape(top.indices.shape), top.indices)
     assert torch.equal(indices[..., n_top:].reshape(bottom.indices.shape), bottom.indices)
-    if net != "vit":  # whose grid is of patches
+    if net != "vit":  # a vit has a grid of patches
         sides = [[math.ceil(n / 4) for n in shape[1:]], [math.ceil(math.ceil(n / 4) / 2) for n in shape[1:]]]
         assert (n_bottom, n_top) == (math.prod(sides[0]), math.prod(sides[1]))
 

@@ -1,4 +1,4 @@
-"""Laws of the models whose code is a row of tokens without a grid: titok, soft_vq, and the networks that both share."""
+"""Laws of the models whose code is a row of tokens without a grid, titok and soft_vq, and of their shared networks."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ both = pytest.mark.parametrize("name", ["titok", "soft_vq"])
 
 
 def small(name: str, shifted: Any, shape: tuple[int, ...] = SHAPE, **settings: Any) -> Any:
-    """A model away from its initial weights, in float64, its codes where its rows lie."""
+    """A float64 model with random offsets added to its initial weights, and codes near the encoder's rows."""
     torch.manual_seed(0)
     model = shifted(aezoo.create_model(name, input_shape=shape, **{**SMALL, **settings})).double()
     with torch.no_grad():
@@ -50,12 +50,12 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def rows_of_encoder(encoder: Any, x: Tensor) -> np.ndarray:
-    """Tokens as numpy sees them, (B, N, D)."""
+    """Tokens as a numpy array, (B, N, D)."""
     return np.asarray(encoder(x).detach().numpy().swapaxes(1, 2))
 
 
 def rows_of(model: Any, x: Tensor) -> np.ndarray:
-    """What is quantised, (B, N, D)."""
+    """The rows that are quantised, (B, N, D)."""
     return rows_of_encoder(model.encoder, x)
 
 
@@ -98,7 +98,7 @@ def test_the_code_does_not_depend_on_the_decoder(name: str, shifted: Any) -> Non
     assert torch.equal(model.encode(x), code)
 
 
-# ---- starts and refusals ---------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

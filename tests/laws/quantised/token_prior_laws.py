@@ -1,4 +1,4 @@
-"""Laws of the priors over indices: probabilities by enumeration, causality by gradient, and a tokenizer left alone."""
+"""Laws of the priors over indices: probabilities by enumeration, causality by gradients, and frozen tokenizers."""
 
 import copy
 import itertools
@@ -33,7 +33,7 @@ FROZEN = {"model": "vq_vae", "trained": True}
 
 
 class StubTokenizer(DiscreteAutoencoder):
-    """A tokenizer of samples that are indices already, of any layout and any codebooks."""
+    """A tokenizer whose samples are their own indices, of any layout and codebook sizes."""
 
     def __init__(self, index_shape: tuple[int, ...], sizes: tuple[int, ...]) -> None:
         super().__init__((math.prod(index_shape),), likelihood="gaussian")
@@ -54,7 +54,7 @@ class StubTokenizer(DiscreteAutoencoder):
 
 
 def prior(name: str, index_shape: tuple[int, ...], sizes: tuple[int, ...], **settings: Any) -> Any:
-    """A prior in double precision over indices of this layout, away from its initial weights."""
+    """A float64 prior over indices of this layout, with random offsets added to its initial weights."""
     with mock.patch.object(token_prior, "_build_tokenizer", return_value=StubTokenizer(index_shape, sizes)):
         model = aezoo.create_model(
             name, (math.prod(index_shape),), tokenizer=FROZEN, **{**SMALL[name], **settings}
@@ -73,12 +73,12 @@ def drawn(model: Any, n: int) -> Tensor:
 
 
 def every(model: Any) -> Tensor:
-    """All token sequences that there are."""
+    """All possible token sequences."""
     q = len(model.index_sizes)
     return torch.tensor([*itertools.product(*(range(model.index_sizes[t % q]) for t in range(model.n_tokens)))])
 
 
-# layouts of a few indices: a vector, sequences, maps, a volume; Q and codebooks
+# index shapes (a vector, sequences, maps, a volume) and codebook sizes
 LAYOUTS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((3,), (2, 3, 4)),
     ((1, 7), (5,)),
@@ -98,7 +98,7 @@ CASES = [(name, *layout) for name in NAMES for layout in LAYOUTS if not (name ==
 
 @contextmanager
 def embedded() -> Iterator[list[Tensor]]:
-    """What embeds the tokens, with a gradient kept."""
+    """Record the token embeddings, with gradients retained."""
     found: list[Tensor] = []
     real = F.embedding
 
@@ -112,7 +112,7 @@ def embedded() -> Iterator[list[Tensor]]:
 
 
 def dependence(model: Any) -> Tensor:
-    """How much the logits of each token move with each embedded token, by gradient: (T, T)."""
+    """The norm of the gradient of each token's logits with respect to each embedded token: (T, T)."""
     tokens, t = drawn(model, 1), model.n_tokens
     size = torch.zeros(t, t, dtype=torch.float64)
     for row in range(t):
@@ -125,7 +125,7 @@ def dependence(model: Any) -> Tensor:
 
 
 def moved(model: Any) -> Tensor:
-    """The same by changing one token at a time."""
+    """The change of each token's logits when one token changes: (T, T)."""
     tokens, t = drawn(model, 1), model.n_tokens
     size = torch.zeros(t, t, dtype=torch.float64)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_the_loss_is_the_cross_entropy_of_the_indices(name: str, shape: Any, siz
     x = model.from_tokens(drawn(model, 6)).flatten(1).double()
     tokens = model.to_tokens(x.long().unflatten(1, shape))
     logits = model.logits(tokens).detach()
-    for i, size in enumerate(sizes):  # codes that an index does not have
+    for i, size in enumerate(sizes):  # codes outside the codebook of an index
         of_index = logits[:, i :: len(sizes)]
         assert torch.isfinite(of_index[..., :size]).all() and (of_index[..., size:] == -math.inf).all()
     nll, hits = np.zeros(6), 0
@@ -189,7 +189,7 @@ def test_the_loss_is_the_cross_entropy_of_the_indices(name: str, shape: Any, siz
         hits / tokens.numel()
     )
     assert model.log_prob(x.long().unflatten(1, shape)).detach().numpy() == pytest.approx(-nll, rel=1e-12)
-    own = -torch.distributions.Normal(x, 0.5**0.5).log_prob(x).sum(1)  # the tokenizer tells x exactly
+    own = -torch.distributions.Normal(x, 0.5**0.5).log_prob(x).sum(1)  # the stub tokenizer reconstructs x exactly
     torch.testing.assert_close(model.score(x) - own, torch.from_numpy(nll), rtol=1e-9, atol=1e-9)
 
 
@@ -219,7 +219,7 @@ def test_next_logits_match_whole_and_are_causal(name: str, shape: Any, sizes: An
 @pytest.mark.parametrize(("name", "shape", "sizes"), CASES)
 @pytest.mark.parametrize("every_nth", [1, 3])
 def test_incremental_logits_match_full_logits(name: str, shape: Any, sizes: Any, every_nth: int) -> None:
-    """Tokens may be passed over: the codec codes none that have one code only."""
+    """Tokens may be skipped: the codec skips those that have only one possible code."""
     model = prior(name, shape, sizes)
     tokens = drawn(model, 4)
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_incremental_logits_match_full_logits(name: str, shape: Any, sizes: Any,
 
 
 def drawn_probabilities(model: Any, temperature: float, top_k: int) -> np.ndarray:
-    """Of every sequence, by numpy: each conditional cut to top_k, to the power of 1 / temperature, to sum 1."""
+    """The probability of every sequence, with each conditional limited to top_k and sharpened by 1 / temperature."""
     sequences = every(model)
     logits = model.logits(sequences).detach().numpy()
     p = np.ones(len(sequences))
@@ -250,7 +250,7 @@ def drawn_probabilities(model: Any, temperature: float, top_k: int) -> np.ndarra
 
 
 def chi_square_law(model: Any, sample: Callable[..., Tensor], temperature: float, top_k: int) -> None:
-    """Frequencies of sequences against their probabilities; rejected by chance once in a million."""
+    """Chi-square test of the frequencies of sequences, with a false alarm rate of 1e-6."""
     p = drawn_probabilities(model, temperature, top_k)
     assert p.sum() == pytest.approx(1)
     n, order = 3000, {tuple(s): i for i, s in enumerate(every(model).tolist())}
@@ -284,13 +284,13 @@ def test_temperature_0_or_top_1_draws_the_likeliest(name: str, temperature: floa
     assert torch.equal(model.sample(5, temperature, top_k), found.flatten(1).double())
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_trained_nll_reaches_source_entropy(name: str, adam: Any) -> None:
-    """Independent indices, each of its own distribution: nll falls to the sum of their entropies, and not below."""
+    """For independent indices, the nll falls to the sum of their entropies and not below."""
     shape, rng = (1, 2, 3), np.random.default_rng(0)
     p_TK = rng.dirichlet(np.ones(4), 6)
     x = torch.from_numpy(np.stack([rng.choice(4, 8000, p=p) for p in p_TK], 1)).float()
@@ -306,7 +306,7 @@ def test_trained_nll_reaches_source_entropy(name: str, adam: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(1, 3, 3), (2, 4)])
 def test_deterministic_pattern_costs_first_index_only(name: str, shape: Any, adam: Any) -> None:
-    """k_t = k_0 + t (mod 5): after a uniform k_0, log 5 nats, nothing is left to tell."""
+    """k_t = k_0 + t (mod 5): only the uniform k_0 costs log 5 nats."""
     t = math.prod(shape)
     tokens = (torch.arange(5)[:, None] + torch.arange(t)) % 5
     model = prior(name, shape, (5,) * shape[0], depth=2).float()
@@ -329,7 +329,7 @@ def batches(n: int = 6) -> DataLoader[Any]:
 
 @pytest.fixture
 def trained(tmp_path: Any, quiet: Any) -> Any:
-    """A saved vq_vae after a few steps, so that its codes have been started and moved."""
+    """A saved vq_vae, trained for a few steps so that its codes are initialised and updated."""
     model = aezoo.create_model("vq_vae", (1, 4, 4), **TOKENIZER)
     quiet(max_epochs=1).fit(model, batches())
     return aezoo.save_model(model, tmp_path / "tokenizer")
@@ -366,7 +366,7 @@ def test_untrained_tokenizer_trains_as_if_alone(name: str, quiet: Any, capsys: p
     quiet(max_epochs=2).fit(alone, data)
     for key, value in alone.state_dict().items():
         torch.testing.assert_close(model.tokenizer.state_dict()[key], value, rtol=1e-5, atol=1e-6, msg=key)
-    assert int(alone.quantiser.updates) == 40  # a step counts once: looking at indices does not
+    assert int(alone.quantiser.updates) == 40  # encoding the indices is not a second step
     terms = model.eval().loss(torch.rand(3, 1, 4, 4))
     assert terms["loss"].item() == pytest.approx((terms["nll"] + terms["tokenizer_loss"]).item(), rel=1e-6)
 
@@ -387,6 +387,6 @@ def test_prior_contains_tokenizer_and_needs_no_file(name: str, trained: Any, tmp
     one = model.sample(3)
     torch.manual_seed(0)
     assert torch.equal(other.sample(3), one)
-    # another prior finds the tokenizer in this one
+    # another prior can load the tokenizer from this checkpoint
     third = aezoo.create_model("index_transformer", (1, 4, 4), tokenizer=str(tmp_path / "prior"))
     assert torch.equal(third(x), expected) and third.hparams["tokenizer"] == settings

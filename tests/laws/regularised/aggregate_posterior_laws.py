@@ -1,4 +1,4 @@
-"""Laws of the codes that are shaped without noise: MMD, sliced Wasserstein, Cramer-Wold, GAN, and smooth decoders."""
+"""Laws of the autoencoders with regularised codes: WAE-MMD, SWAE, CWAE, RAE, WAE-GAN and AAE."""
 
 import copy
 import math
@@ -54,12 +54,12 @@ def same(found: Tensor, expected: Tensor, of: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def caught(law: Callable[[Any], None], mistake: Any) -> None:
+def assert_law_fails(law: Callable[[Any], None], mistake: Any) -> None:
     with pytest.raises(AssertionError):
         law(mistake)
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
+# ---- all models ------------------------------------------------------------------------------------------------------
 
 
 NEUTRAL: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
 }
 
 
-# what holds the codes, or the decoder, in the loss of each
+# the regularisation term of each loss
 TERMS = {
     "wae_mmd": "mmd",
     "swae": "sw",
@@ -104,7 +104,7 @@ def test_zero_weight_equals_dense_autoencoder(name: str, likelihood: str, shifte
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_the_squared_error_of_the_papers_is_the_default(name: str, shifted: Any) -> None:
+def test_default_likelihood_is_the_papers_squared_error(name: str, shifted: Any) -> None:
     model, x = shifted(small(name)), images()
     sse = (model(x) - x).square().flatten(1).sum(1).mean()
     torch.testing.assert_close(model.loss(x)["nll"], sse + 10 * math.log(math.pi))
@@ -129,8 +129,8 @@ def test_samples_are_decoded_draws_from_a_standard_normal_prior(name: str) -> No
     assert np.abs(np.corrcoef(drawn.numpy().T) - np.eye(CODE)).max() < 0.08
 
 
-def of_loss(model: Any, method: str, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The terms of a loss, and what it compared: codes and draws from the prior."""
+def terms_and_arguments(model: Any, method: str, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The loss terms, and the arguments of `method`: codes and draws from the prior."""
     seen: list[Tensor] = []
     whole = getattr(model, method)
 
@@ -150,7 +150,7 @@ def of_loss(model: Any, method: str, x: Tensor) -> tuple[dict[str, Tensor], list
 )
 def test_decoded_codes_are_compared_with_prior_draws(name: str, method: str, weight: str, shifted: Any) -> None:
     model, x = shifted(small(name, **{weight: 3.0})), images(500)
-    terms, (z, prior) = of_loss(model, method, x)
+    terms, (z, prior) = terms_and_arguments(model, method, x)
     torch.testing.assert_close(z, model.encode(x))
     assert prior.shape == z.shape and not prior.requires_grad
     assert all(stats.kstest(column, "norm").pvalue > 1e-3 for column in prior.numpy().T)
@@ -170,23 +170,23 @@ COUPLED: list[tuple[str, dict[str, Any]]] = [
 def test_two_ranks_equal_one_process(name: str, settings: dict[str, Any], shifted: Any) -> None:
     model, x, term = shifted(small(name, **settings)), images(8), TERMS[name]
 
-    def later(own: Any, rank: int) -> None:
-        """Directions of its own for each rank, as processes draw them: the first's are those of one process."""
+    def draw_other_directions(own: Any, rank: int) -> None:
+        """Let each rank draw other directions; those of the first are those of a single process."""
         inner = getattr(own, "sliced_wasserstein", None)
         if inner is not None:
             own.sliced_wasserstein = lambda *given: (torch.randn(1 + 2 * rank), inner(*given))[1]
 
-    alike = copy.deepcopy(model)
-    later(alike, 0)
+    single = copy.deepcopy(model)
+    draw_other_directions(single, 0)
     with SharedNoise(range(8), 8):
-        whole = alike.loss(x)
-    expected = torch.autograd.grad(whole["loss"], [*alike.parameters()])
-    together = on_two_ranks(model, x, prepare=later)
+        whole = single.loss(x)
+    expected = torch.autograd.grad(whole["loss"], [*single.parameters()])
+    together = on_two_ranks(model, x, prepare=draw_other_directions)
     for key, value in whole.items():
         torch.testing.assert_close(together.terms[key], value, msg=key)
     for found, g in zip(together.gradients(), expected, strict=True):
         torch.testing.assert_close(found, g)
-    alone = on_two_ranks(model, x, exchange=False, prepare=later).terms
+    alone = on_two_ranks(model, x, exchange=False, prepare=draw_other_directions).terms
     assert (alone[term] - whole[term]).abs() > 1e-4
 
 
@@ -226,12 +226,12 @@ POSTERIORS = pytest.mark.parametrize("gaussian", [False, True], ids=["determinis
 
 def parts(model: Any) -> dict[str, list[nn.Parameter]]:
     discriminator = [*model.discriminator.parameters()]
-    held = {id(p) for p in discriminator}
-    return {"autoencoder": [p for p in model.parameters() if id(p) not in held], "discriminator": discriminator}
+    ids = {id(p) for p in discriminator}
+    return {"autoencoder": [p for p in model.parameters() if id(p) not in ids], "discriminator": discriminator}
 
 
-def parameter_groups_of(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """What each player minimises, all parameters live."""
+def player_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """The loss of each player, and the adversarial term."""
     z = model.encoder(x)
     if model.gaussian_posterior:
         mu, log_var = z.chunk(2, 1)
@@ -252,7 +252,7 @@ def parameter_groups_of(model: Any, x: Tensor) -> dict[str, Tensor]:
 def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str, gaussian: bool, shifted: Any) -> None:
     model = shifted(small(name, likelihood=likelihood, gaussian_posterior=gaussian, adversarial_weight=3.0))
     x, found = images(), []
-    for loss in (model.loss, lambda x: parameter_groups_of(model, x)):
+    for loss in (model.loss, lambda x: player_losses(model, x)):
         torch.manual_seed(3)
         found.append(loss(x))
     terms, losses = found
@@ -277,18 +277,18 @@ def test_no_term_reaches_other_networks(name: str, gaussian: bool, shifted: Any)
             g = torch.autograd.grad(terms[term], part, allow_unused=True, retain_graph=True)
             reached = any(each is not None and bool(each.any()) for each in g)
             assert reached == (player == owner), (term, player)
-    leaky = F.softplus(model.discriminator(model.draw(images()))).mean()  # the slip of rivals would be seen
+    leaky = F.softplus(model.discriminator(model.draw(images()))).mean()  # without the detach there would be one
     assert torch.autograd.grad(leaky, sets["autoencoder"][0])[0].any()
 
 
 @pytest.mark.parametrize("name", GANS)
-def test_each_player_has_a_group_of_the_optimiser(name: str) -> None:
+def test_each_player_has_a_parameter_group(name: str) -> None:
     model = small(name, lr=2e-3, discriminator_lr=7e-3, likelihood="gaussian:learned")
     first, second = model.configure_optimizers().param_groups
     assert {id(p) for p in second["params"]} == {id(p) for p in model.discriminator.parameters()}
-    held = [id(p) for group in (first, second) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
-    # https://github.com/tolstikhin/wae, wae.py: both; the paper of the AAE names none
+    ids = [id(p) for group in (first, second) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    # wae.py of https://github.com/tolstikhin/wae has these for both; the paper of the AAE has none
     assert (first["lr"], first["betas"]) == (2e-3, (0.5 if name == "wae_gan" else 0.9, 0.999))
     assert (second["lr"], second["betas"]) == (7e-3, (0.5, 0.999))
     groups = small(name, optimizer="adamw:beta2=0.9,beta1=0.7").configure_optimizers().param_groups

@@ -1,4 +1,4 @@
-"""Laws of the models of anomalies: DAGMM's energy and statistics, GANomaly's players and score, and known mistakes."""
+"""Laws of DAGMM and GANomaly."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def images(n: int = 6, seed: int = 7) -> Tensor:
     return torch.rand(n, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- GANomaly: the score ---------------------------------------------------------------------------------------------
+# ---- the score -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(9,), (2, 16), (1, 9, 7), (3, 8, 8), (1, 4, 5, 6)], ids=str)

@@ -1,4 +1,4 @@
-"""Laws of models on frozen features: the network is saved, stays as it is, and no code depends on the image decoder."""
+"""Laws of models on frozen features: the network is saved and not trained, codes do not depend on the decoder."""
 
 import copy
 from typing import Any
@@ -36,7 +36,7 @@ def small(name: str, shape: tuple[int, ...] = SHAPE, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_leaves_frozen_network_as_it_is(name: str) -> None:
+def test_training_does_not_change_frozen_network(name: str) -> None:
     model, x = small(name).train(), images()
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameter_groups(), 0.1)
@@ -48,7 +48,7 @@ def test_training_leaves_frozen_network_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_image_decoder_changes_no_code_map_or_score(name: str) -> None:
+def test_image_decoder_does_not_affect_code_map_or_score(name: str) -> None:
     model, x = small(name).eval(), images()
     wanted = model.encode(x), model.anomaly_map(x), model.score(x)
     other = copy.deepcopy(model)
@@ -63,8 +63,8 @@ def test_image_decoder_changes_no_code_map_or_score(name: str) -> None:
     assert reached == {"decoder"}
 
 
-# the network of timm and its file, or torchvision's, whose names of weights differ
 def weights_of(kind: str, path: Any) -> str:
+    """Save weights of timm's or torchvision's network, which have different names; return the `features` argument."""
     torch.manual_seed(3)
     make = timm.create_model if kind == "timm" else torchvision_models.get_model
     torch.save(make("resnet18").state_dict(), path)
@@ -134,7 +134,7 @@ def test_bfloat16_keeps_statistics_in_float32(name: str) -> None:
 
 
 def products(n: int, seed: int, with_defects: bool = False) -> tuple[Tensor, Tensor]:
-    """Pictures of stripes, and masks of a square in which these turn, in half of them."""
+    """Images of stripes, and masks of squares with turned stripes, which the first half has with `with_defects`."""
     rng = torch.Generator().manual_seed(seed)
     rows = torch.arange(28.0)[:, None].expand(28, 28)
     phase = torch.rand(n, 1, 1, generator=rng) * 6.28

@@ -1,4 +1,4 @@
-"""Laws of one-class models: AE-1SVM and scikit-learn's one-class SVMs; Deep SVDD's centre, sphere and optimum."""
+"""Laws of both one-class models, AE-1SVM and Deep SVDD."""
 
 import copy
 from typing import Any
@@ -31,7 +31,7 @@ def all_grads(value: Tensor, of: Any) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
 
-# ---- Deep SVDD: the loss ---------------------------------------------------------------------------------------------
+# ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ae1svm", "deep_svdd"])
@@ -51,12 +51,12 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
     for own in together.copies:
         for buffer_name, buffer in own.named_buffers():
             torch.testing.assert_close(buffer, whole.get_buffer(buffer_name), rtol=1e-9, atol=1e-12)
-    if name == "deep_svdd":  # the radius of each rank by itself
-        apart = on_two_ranks(model, x, exchange=False)
-        assert (apart.copies[0].radius - whole.radius).abs() > 1e-4
+    if name == "deep_svdd":  # without exchange each rank has a radius of its own
+        separate = on_two_ranks(model, x, exchange=False)
+        assert (separate.copies[0].radius - whole.radius).abs() > 1e-4
 
 
-# ---- what they find --------------------------------------------------------------------------------------------------
+# ---- detection -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
     [("ae1svm", {}), ("deep_svdd", {"nu": 0.1})],
 )
 def test_one_class_training_detects_malignant_tumours(name: str, settings: Any, adam: Any) -> None:
-    """Rows of a table; of the samples that they know about a share nu lies outside."""
+    """On tabular data; about a share nu of the training samples lies outside."""
     found = load_breast_cancer()
     benign, malignant = found.data[found.target == 1], found.data[found.target == 0]
     train, x = (

@@ -1,4 +1,4 @@
-"""Laws of AAE, adversarial autoencoder (Makhzani et al. 2015)."""
+"""Laws of AAE, the adversarial autoencoder (Makhzani et al. 2015)."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from aggregate_posterior_laws import (  # noqa: F401
     SHAPE,
     images,
     small,
-    test_each_player_has_a_group_of_the_optimiser,
+    test_default_likelihood_is_the_papers_squared_error,
+    test_each_player_has_a_parameter_group,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
     test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
-    test_the_squared_error_of_the_papers_is_the_default,
     test_zero_weight_equals_dense_autoencoder,
 )
 from gradient_laws import (  # noqa: F401
@@ -35,7 +35,7 @@ pytestmark = [
 
 
 @POSTERIORS
-def test_the_aae_is_the_wae_gan_with_the_paper_s_networks(gaussian: bool, shifted: Any) -> None:
+def test_aae_equals_wae_gan_with_networks_of_the_paper(gaussian: bool, shifted: Any) -> None:
     ours: Any = AAE(SHAPE, gaussian_posterior=gaussian)
     widths = [m.out_features for m in ours.discriminator if isinstance(m, nn.Linear)]
     assert widths == [1000, 1000, 1]

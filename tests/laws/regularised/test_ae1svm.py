@@ -36,15 +36,15 @@ def ae1svm(**settings: Any) -> Any:
 
 
 def outside_by_hand(model: Any, z: np.ndarray) -> np.ndarray:
-    """How far outside, rho - w'phi(z), by NumPy."""
+    """The margin rho - w'phi(z), positive outside, by NumPy."""
     angles = z @ model.omega_DR.numpy()
     phi = np.hstack([np.cos(angles), np.sin(angles)]) / math.sqrt(angles.shape[1])
     return model.rho.item() - phi @ model.w_F.detach().numpy()
 
 
 @torch.no_grad()
-def between(model: Any, x: Tensor) -> Tensor:
-    """A threshold that half of an even number of samples lie outside of."""
+def median_threshold(model: Any, x: Tensor) -> Tensor:
+    """A threshold rho with half of an even number of samples outside."""
     return (model.features(model.encode(x)) @ model.w_F).quantile(0.5)
 
 
@@ -61,12 +61,12 @@ def test_products_of_features_tend_to_the_gaussian_kernel(bandwidth: float) -> N
         assert phi.shape == (40, 2 * n)
         off = phi @ phi.T - kernel
         assert off.diagonal().abs().max() < 1e-12
-        # 780 means over n frequencies of cosines, of a variance of at most 1/2
+        # 780 means over n cosines with a variance of at most 1/2
         assert off.abs().max() < 4.5 / math.sqrt(2 * n)
-        assert off.square().mean() > 1e-3 / n  # no kernel by another way
-    # as in PyOD's ae1svm, whose sigma multiplies frequencies and whose features have no factor
-    slip = torch.cos(z @ (torch.randn(CODE, 10_000, dtype=torch.float64) * bandwidth))
-    assert (slip @ slip.T - kernel).abs().max() > 1
+        assert off.square().mean() > 1e-3 / n  # an estimate, not the exact kernel
+    # PyOD's ae1svm multiplies frequencies by sigma, and its features have no factor
+    wrong = torch.cos(z @ (torch.randn(CODE, 10_000, dtype=torch.float64) * bandwidth))
+    assert (wrong @ wrong.T - kernel).abs().max() > 1
 
 
 def test_fourier_frequencies_are_seeded_and_saved() -> None:
@@ -100,7 +100,7 @@ def test_the_loss_is_error_norm_threshold_and_hinge(nu: float, shifted: Any) -> 
     model, x = shifted(ae1svm(nu=nu, svm_weight=3.0)), images(30)
     with torch.no_grad():
         z = model.encode(x).numpy()
-        model.rho.copy_(between(model, x))
+        model.rho.copy_(median_threshold(model, x))
         error = (x - model(x)).flatten(1).square().sum(1).mean().item() + 9 * math.log(math.pi)
     out = outside_by_hand(model, z)
     assert (out > 0).mean() == 0.5
@@ -118,7 +118,7 @@ def test_svm_gradients_count_outliers(shifted: Any) -> None:
     model, x, nu = shifted(ae1svm(nu=0.25)), images(20), 0.25
     with torch.no_grad():
         phi = model.features(model.encode(x))
-        model.rho.copy_(between(model, x))
+        model.rho.copy_(median_threshold(model, x))
     out = torch.from_numpy(outside_by_hand(model, model.encode(x).detach().numpy())) > 0
     assert out.sum() == 10
     rho, w = all_grads(model.loss(x)["svm"], [model.rho, model.w_F])
@@ -126,7 +126,7 @@ def test_svm_gradients_count_outliers(shifted: Any) -> None:
     torch.testing.assert_close(w, model.w_F.detach() - phi[out].sum(0) / (nu * 20))
 
 
-def test_only_outliers_give_encoder_gradient(shifted: Any) -> None:
+def test_only_outliers_give_a_gradient_to_the_encoder(shifted: Any) -> None:
     model, x = shifted(ae1svm()), images()
     with torch.no_grad():
         model.rho.copy_(model.rho - 1 + model.features(model.encode(x)).mv(model.w_F).min())
@@ -139,7 +139,7 @@ def test_only_outliers_give_encoder_gradient(shifted: Any) -> None:
 
 
 class Codes:
-    """Fixed codes as samples, of which some lie apart, and the model that takes them as they are."""
+    """Samples with some outliers, and a model whose encoder is the identity."""
 
     def __init__(self, nu: float, n_frequencies: int) -> None:
         torch.manual_seed(3)
@@ -153,8 +153,8 @@ class Codes:
                 p.copy_(torch.eye(CODE) if p.ndim == 2 else torch.zeros(CODE))
         self.phi = self.model.features(self.x).numpy()
 
-    def put(self, w: np.ndarray, rho: float) -> float:
-        """The SVM's term with these."""
+    def svm_term(self, w: np.ndarray, rho: float) -> float:
+        """The SVM term with these parameters."""
         with torch.no_grad():
             self.model.w_F.copy_(torch.from_numpy(w))
             self.model.rho.fill_(rho)
@@ -165,23 +165,23 @@ class Codes:
 def test_scikit_learn_one_class_svm_minimises_loss(nu: float) -> None:
     codes = Codes(nu, 30)
     learnt = OneClassSVM(kernel="linear", nu=nu, tol=1e-10).fit(codes.phi)
-    # libsvm's problem times nu N
+    # libsvm's problem is scaled by nu N
     scale = nu * len(codes.x)
     w, rho = learnt.coef_[0] / scale, learnt.offset_[0] / scale
-    least = codes.put(w, rho)
-    assert least == pytest.approx(-0.5 * np.sum(w**2), rel=1e-6)  # no gap to the dual
+    least = codes.svm_term(w, rho)
+    assert least == pytest.approx(-0.5 * np.sum(w**2), rel=1e-6)  # the optimum of the dual
     expected = -learnt.decision_function(codes.phi) / scale
     np.testing.assert_allclose(codes.model.score(codes.x).detach(), expected, rtol=1e-9, atol=1e-12)
     assert nu - 0.08 < (codes.model.score(codes.x) > 1e-6).double().mean() <= nu
     rng = np.random.default_rng(0)
     for size in (1e-3, 1e-2, 0.1, 1.0):
         off = rng.normal(0, size, (20, len(w) + 1))
-        assert all(codes.put(w + each[1:] / math.sqrt(len(w)), rho + each[0]) > least for each in off)
+        assert all(codes.svm_term(w + each[1:] / math.sqrt(len(w)), rho + each[0]) > least for each in off)
     if tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 9):
-        return  # its average of stochastic steps ends elsewhere
-    # the other of scikit-learn's, by stochastic steps on the same objective times nu
+        return  # the averaged SGD of older versions gives another result
+    # SGDOneClassSVM minimises the same objective times nu
     stochastic = SGDOneClassSVM(nu=nu, max_iter=2000, tol=None, random_state=0, average=1000).fit(codes.phi)
-    assert codes.put(stochastic.coef_.ravel(), stochastic.offset_[0]) == pytest.approx(least, rel=0.02)
+    assert codes.svm_term(stochastic.coef_.ravel(), stochastic.offset_[0]) == pytest.approx(least, rel=0.02)
 
 
 @pytest.mark.slow
@@ -205,10 +205,10 @@ def test_first_batch_initialises_at_nu_1_optimum(nu: float, quiet: Any) -> None:
         codes.model.init_from_data(codes.x)
     np.testing.assert_allclose(codes.model.w_F.detach(), codes.phi.mean(0), rtol=1e-9, atol=1e-12)
     assert (codes.model.score(codes.x) > 1e-12).double().mean() == pytest.approx(nu, abs=1 / 150)
-    if nu == 1:  # the dual has one feasible point, where all samples weigh 1 / N, and there is no gap to it
+    if nu == 1:  # the only feasible point of the dual has weights 1 / N, and strong duality holds
         dual = -0.5 * np.mean(codes.phi @ codes.phi.T)
         assert codes.model.loss(codes.x)["svm"].item() == pytest.approx(dual)
-    # training calls it once
+    # training initialises once
     quiet(max_epochs=1).fit(codes.model, DataLoader([codes.x] * 2, batch_size=None))  # type: ignore[arg-type]
     assert codes.model.started and (codes.model.w_F - torch.from_numpy(codes.phi.mean(0))).abs().max() < 0.01
 
@@ -220,7 +220,7 @@ def test_many_fourier_features_give_gaussian_kernel_svm() -> None:
         OneClassSVM(nu=nu, tol=1e-8, **settings).fit(x)
         for settings, x in (({"kernel": "linear"}, codes.phi), ({"gamma": 0.5}, codes.x.numpy()))
     )
-    codes.put(linear.coef_[0] / (nu * 160), linear.offset_[0] / (nu * 160))
+    codes.svm_term(linear.coef_[0] / (nu * 160), linear.offset_[0] / (nu * 160))
     new = torch.randn(200, CODE).double()
     score, expected = codes.model.score(new).detach().numpy(), -kernel.decision_function(new.numpy())
     assert np.corrcoef(score, expected)[0, 1] > 0.995
@@ -256,7 +256,7 @@ def test_score_is_distance_beyond_svm_boundary(shifted: Any) -> None:
     score, z = model.score(x).detach(), model.encode(x).detach().numpy()
     np.testing.assert_allclose(score, outside_by_hand(model, z), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(model.score(x[4:5]).detach(), score[4:5])
-    # PyOD's ae1svm scores by the distance of sample and reconstruction, whatever its SVM says
+    # the score of PyOD's ae1svm is the reconstruction error, which does not depend on the SVM
     with torch.no_grad():
         model.w_F.zero_()
     assert model.score(x).unique().numel() == 1

@@ -1,4 +1,4 @@
-"""Laws of ALAD: two players on one backward pass, cycles that are cycles, its score, and known mistakes."""
+"""Laws of ALAD: gradients of both players in one backward pass, the cycle terms, the score."""
 
 import copy
 import math
@@ -53,23 +53,23 @@ def players(model: Any) -> dict[str, list[nn.Parameter]]:
     }
 
 
-def judged(model: Any, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Features, and how likely a pair is to be real: the hidden layer has mean 0 and variance 1."""
-    judge = model.discriminator[name]
-    h = judge.body(torch.cat([a, judge.lift(b)], 1))
+def discriminate(model: Any, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of a pair, a hidden layer with mean 0 and variance 1, and the probability that the pair is real."""
+    net = model.discriminator[name]
+    h = net.body(torch.cat([a, net.lift(b)], 1))
     f = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-    return f, torch.sigmoid(judge.head(f))
+    return f, torch.sigmoid(net.head(f))
 
 
 def losses(model: Any, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """What each player minimises, all parameters live, by cross-entropies as in https://github.com/houssamzenati."""
+    """The loss of each player, by cross-entropies as in https://github.com/houssamzenati."""
     e, made = model.encoder(x), model.decode(z)
     x_hat, z_hat = model.decode(e), model.encoder(made)
     real = {"xz": (x, e), "xx": (x, x), "zz": (z, z)}
     fake = {"xz": (made, z), "xx": (x, x_hat), "zz": (z, z_hat)}
 
     def entropy(pair: tuple[Tensor, Tensor], name: str, target: int) -> Tensor:
-        p = judged(model, name, *pair)[1]
+        p = discriminate(model, name, *pair)[1]
         return F.binary_cross_entropy(p, torch.full_like(p, target))
 
     nll = -model.likelihood.log_prob(model.decoder(e), x).mean()
@@ -99,7 +99,7 @@ def size(value: Tensor, of: list[nn.Parameter]) -> float:
     return math.sqrt(sum(float((g**2).sum()) for g in found if g is not None))
 
 
-# ---- who trains what -------------------------------------------------------------------------------------------------
+# ---- which loss trains which network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -128,19 +128,19 @@ def test_no_term_reaches_other_networks(shifted: Any) -> None:
         assert size(terms[term], parts["discriminator"]) == 0
     assert size(terms["discriminator"], parts["discriminator"]) > 1e-6
     assert size(terms["discriminator"], parts["generator"]) == 0
-    # all but the reconstruction's error, which draws from the prior have none of, move both networks
+    # these terms train both the encoder and the decoder
     for term in ("adversarial", "cycle_x", "cycle_z"):
         for net in (model.encoder, model.decoder):
             assert size(terms[term], [*net.parameters()]) > 1e-6
-    for judge in model.discriminator.values():
-        assert all(size(terms["discriminator"], [p]) > 0 for p in judge.parameters())
+    for net in model.discriminator.values():
+        assert all(size(terms["discriminator"], [p]) > 0 for p in net.parameters())
 
 
 def test_networks_partition_all_parameters() -> None:
     model = alad(discriminator_lr=3e-3, likelihood="gaussian:learned")
     first, last = model.configure_optimizers().param_groups
-    held = [id(p) for group in (first, last) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    ids = [id(p) for group in (first, last) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
     # alad/run.py of https://github.com/houssamzenati/Adversarially-Learned-Anomaly-Detection
     assert (first["lr"], first["betas"]) == (1e-3, (0.5, 0.999))
@@ -197,11 +197,11 @@ def test_reconstruction_term_matches_dense_ae(shifted: Any) -> None:
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def test_indifferent_discriminators_cost_2_log_2_each() -> None:
+def test_zero_logits_cost_2_log_2_per_discriminator() -> None:
     model = alad()
     with torch.no_grad():
-        for judge in model.discriminator.values():
-            for p in judge.head.parameters():
+        for net in model.discriminator.values():
+            for p in net.head.parameters():
                 p.zero_()
     terms = model.loss(images())
     assert terms["discriminator"].item() == pytest.approx(6 * math.log(2))
@@ -210,7 +210,7 @@ def test_indifferent_discriminators_cost_2_log_2_each() -> None:
 
 
 def identity() -> Any:
-    """Encoder and decoder that change nothing."""
+    """A model with the identity as encoder and decoder."""
     model = alad(input_shape=(CODE,), hidden_dims=())
     with torch.no_grad():
         for net in (model.encoder, model.decoder):
@@ -220,18 +220,18 @@ def identity() -> Any:
 
 
 def test_cycle_terms_compare_input_with_reconstruction() -> None:
-    """Of an autoencoder without error both cycles look real; PyOD's compares samples with draws from the prior."""
+    """With identities the pairs are (x, x) and (z, z); PyOD compares samples with decoded draws from the prior."""
     model, x = identity(), torch.rand(9, CODE, dtype=torch.float64)
     torch.manual_seed(5)
     z = torch.randn(9, CODE, dtype=torch.float64)
-    expected = {name: -judged(model, name, v, v)[1].log().mean() for name, v in (("xx", x), ("zz", z))}
+    expected = {name: -discriminate(model, name, v, v)[1].log().mean() for name, v in (("xx", x), ("zz", z))}
     torch.manual_seed(5)
     terms = model.loss(x)
     torch.testing.assert_close(terms["cycle_x"], expected["xx"])
     torch.testing.assert_close(terms["cycle_z"], expected["zz"])
     assert not model.score(x).any()
-    slip = -judged(model, "xx", x, model.decode(z))[1].log().mean()
-    assert (slip - expected["xx"]).abs() > 1e-3
+    wrong = -discriminate(model, "xx", x, model.decode(z))[1].log().mean()
+    assert (wrong - expected["xx"]).abs() > 1e-3
 
 
 def test_samples_are_decoded_standard_normal_draws() -> None:
@@ -250,10 +250,10 @@ def test_samples_are_decoded_standard_normal_draws() -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
-def test_the_score_is_the_distance_of_features_of_the_two_pairs(likelihood: str, net: str, shifted: Any) -> None:
+def test_score_is_feature_distance_of_the_two_pairs(likelihood: str, net: str, shifted: Any) -> None:
     model, x = shifted(alad(likelihood=likelihood, net=net)).eval(), images(20)
     with torch.no_grad():
-        f, f_hat = judged(model, "xx", x, x)[0].numpy(), judged(model, "xx", x, model(x))[0].numpy()
+        f, f_hat = discriminate(model, "xx", x, x)[0].numpy(), discriminate(model, "xx", x, model(x))[0].numpy()
         score = model.score(x)
     np.testing.assert_allclose(score, np.linalg.norm(f - f_hat, ord=1, axis=1), rtol=1e-9)
     torch.testing.assert_close(model.score(x[5:6]).detach(), score[5:6], rtol=1e-9, atol=0)
@@ -289,6 +289,6 @@ def test_one_class_training_detects_other_digits() -> None:
         optimizer.zero_grad()
         model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
         optimizer.step()
-    judgement = detect(model, data, score="nll", normal="3", n_shown=0, baselines=False)
-    assert judgement.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, judgement.scores))
-    assert judgement.rows[0]["auroc"] > 0.9
+    result = detect(model, data, score="nll", normal="3", n_shown=0, baselines=False)
+    assert result.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, result.scores))
+    assert result.rows[0]["auroc"] > 0.9

@@ -1,4 +1,4 @@
-"""Laws of Cramer-Wold autoencoder (Knop et al. 2018)."""
+"""Laws of the Cramer-Wold autoencoder (Knop et al. 2018)."""
 
 import math
 from typing import Any
@@ -9,17 +9,17 @@ import torch
 import torch.distributions as D
 import torch.nn.functional as F
 from aggregate_posterior_laws import (  # noqa: F401
-    caught,
+    assert_law_fails,
     codes,
     images,
     normal,
     same,
     small,
+    test_default_likelihood_is_the_papers_squared_error,
     test_distances_are_not_rounded_under_autocast,
     test_fitted_priors_follow_the_codes,
     test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
-    test_the_squared_error_of_the_papers_is_the_default,
     test_two_ranks_equal_one_process,
     test_zero_weight_equals_dense_autoencoder,
 )
@@ -57,7 +57,7 @@ def test_phi_uses_asymptotics_from_20_dimensions() -> None:
 
 
 def over_lines(z: Tensor, lines: Tensor) -> float:
-    """The squared L2 distance of the blurred densities on each line, by a sum over a grid, averaged over the lines."""
+    """The squared L2 distance of the smoothed densities on each line, by a sum over a grid, averaged over the lines."""
     z, c = z.detach(), (4 / (3 * len(z))) ** 0.4
     t = torch.linspace(-16, 16, 1601, dtype=torch.float64)
     total, prior = 0.0, D.Normal(torch.zeros_like(t), math.sqrt(1 + c))
@@ -67,8 +67,8 @@ def over_lines(z: Tensor, lines: Tensor) -> float:
     return total / len(lines)
 
 
-class OneWidth(CWAE):
-    """Silverman's rule with n^(-1/5), that of a standard deviation, in place of a variance."""
+class WrongBandwidth(CWAE):
+    """Silverman's rule with n^(-1/5), which is for a standard deviation, not for a variance."""
 
     def distance(self, z_BD: Tensor) -> Tensor:
         n = len(z_BD)
@@ -91,7 +91,7 @@ def lines_law(cls: Any) -> None:
 @pytest.mark.slow
 def test_the_cramer_wold_distance_is_the_integral_over_lines() -> None:
     lines_law(CWAE)
-    caught(lines_law, OneWidth)
+    assert_law_fails(lines_law, WrongBandwidth)
 
 
 def test_distance_gradient_passes_gradcheck() -> None:
@@ -109,7 +109,7 @@ def test_cramer_wold_vanishes_at_prior_and_grows_away() -> None:
     assert model.distance(0.3 * normal(700, 5)) > 20 * many
 
 
-def test_the_loss_counts_the_logarithm_of_the_distance(shifted: Any) -> None:
+def test_loss_contains_log_of_distance(shifted: Any) -> None:
     model, x = shifted(small("cw_ae", cw_weight=3.0)), images()
     terms = model.loss(x)
     expected = torch.log(model.distance(model.encode(x)))

@@ -45,7 +45,7 @@ def mixture_of(seed: int, k: int = 3, z: int = 5) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def of_scikit_learn(phi: Any, mu: Any, sigma: Any) -> GaussianMixture:
+def sklearn_mixture(phi: Any, mu: Any, sigma: Any) -> GaussianMixture:
     """A mixture of given parameters."""
     found = GaussianMixture(len(phi))
     found.weights_, found.means_, found.covariances_ = (np.asarray(v, np.float64) for v in (phi, mu, sigma))
@@ -54,7 +54,7 @@ def of_scikit_learn(phi: Any, mu: Any, sigma: Any) -> GaussianMixture:
 
 
 def z_by_hand(model: Any, x: Tensor) -> np.ndarray:
-    """[z_c, relative Euclidean distance, cosine similarity] (section 3.2), a sample at a time."""
+    """[z_c, relative Euclidean distance, cosine similarity] (section 3.2), sample by sample."""
     with torch.no_grad():
         z_c, x_hat = model.encoder(x), model(x)
     rows = []
@@ -74,20 +74,20 @@ def test_energy_is_mixture_negative_log_density(seed: int) -> None:
     z = 3 * torch.randn(50, 5, dtype=torch.float64)
     energy = dagmm().energy(z, phi, mu, sigma)
     jittered = sigma + 1e-6 * torch.eye(5, dtype=torch.float64)
-    learn = of_scikit_learn(phi, mu, jittered)
+    learn = sklearn_mixture(phi, mu, jittered)
     torch.testing.assert_close(energy, torch.from_numpy(-learn.score_samples(z.numpy())), rtol=1e-9, atol=1e-9)
     law = D.MixtureSameFamily(D.Categorical(phi), D.MultivariateNormal(mu, jittered))
     torch.testing.assert_close(energy, -law.log_prob(z), rtol=1e-9, atol=1e-9)
-    # what the jitter changes
-    plain = -of_scikit_learn(phi, mu, sigma).score_samples(z.numpy())
+    # the jitter changes little
+    plain = -sklearn_mixture(phi, mu, sigma).score_samples(z.numpy())
     torch.testing.assert_close(energy, torch.from_numpy(plain), rtol=1e-4, atol=1e-4)
-    # the determinant without its root, as where |2 pi Sigma| stands for its square root
+    # without the square root of the determinant |2 pi Sigma|
     rooted = -torch.logsumexp(law.component_distribution.log_prob(z[:, None]) - jittered.logdet() / 2 + phi.log(), 1)
     assert (rooted - energy).abs().max() > 0.1
 
 
 def test_far_samples_have_ordered_finite_energies() -> None:
-    """-log(sum + 1e-12), as in https://github.com/danieltan07/dagmm, ends at 27.6 for whatever is far."""
+    """-log(sum + 1e-12), as in https://github.com/danieltan07/dagmm, is at most 27.6 for any distance."""
     phi, mu, sigma = mixture_of(0)
     z = torch.arange(1, 6, dtype=torch.float64)[:, None] * 100 * torch.ones(5, dtype=torch.float64)
     for dtype in (torch.float64, torch.float32):
@@ -104,12 +104,12 @@ def test_the_score_is_the_energy_of_code_distance_and_cosine(shifted: Any) -> No
     phi, mu, sigma = model.eval().stored_mixture()
     z = z_by_hand(model, x)
     torch.testing.assert_close(phi.sum().item(), 1.0)
-    learn = of_scikit_learn(phi, mu, sigma + 1e-6 * torch.eye(5, dtype=torch.float64))
+    learn = sklearn_mixture(phi, mu, sigma + 1e-6 * torch.eye(5, dtype=torch.float64))
     with torch.no_grad():
         score = model.score(x)
     torch.testing.assert_close(score, torch.from_numpy(-learn.score_samples(z)), rtol=1e-8, atol=1e-8)
-    # a score of the code only, without the errors, is another one
-    alone = of_scikit_learn(phi, mu[:, :3], sigma[:, :3, :3])
+    # a score of the code without the errors differs
+    alone = sklearn_mixture(phi, mu[:, :3], sigma[:, :3, :3])
     assert np.abs(alone.score_samples(z[:, :3]) + score.numpy()).max() > 0.1
 
 
@@ -137,7 +137,7 @@ def test_mixture_moments_are_weighted_by_assignment(shifted: Any) -> None:
     found = model.mixture(torch.from_numpy(z))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.detach(), torch.from_numpy(theirs), rtol=1e-9, atol=1e-12)
-    # one Gaussian, whatever its network says: mean and covariance of the batch
+    # a single component has the mean and covariance of the batch
     one = shifted(dagmm(n_components=1))
     phi, mu, sigma = one.mixture(torch.from_numpy(z))
     assert phi.item() == 1
@@ -150,7 +150,7 @@ def test_the_loss_is_error_energy_and_inverse_variances(shifted: Any) -> None:
     z = z_by_hand(model, x)
     phi, mu, sigma = weighted(gamma_by_hand(model, z), z)
     error = (x - model(x)).detach().flatten(1).square().sum(1).mean().item() + 9 * math.log(math.pi)
-    energy = -of_scikit_learn(phi, mu, sigma + 1e-6 * np.eye(5)).score_samples(z).mean()
+    energy = -sklearn_mixture(phi, mu, sigma + 1e-6 * np.eye(5)).score_samples(z).mean()
     inverse = (1 / (np.diagonal(sigma, axis1=1, axis2=2) + 1e-6)).sum()
     terms = model.loss(x)
     for name, value in {"nll": error, "energy": energy, "inverse_variances": inverse}.items():
@@ -206,16 +206,16 @@ def test_two_ranks_equal_one_process(shifted: Any) -> None:
     for own in together.copies:
         for name, buffer in own.named_buffers():
             torch.testing.assert_close(buffer, whole.get_buffer(name), rtol=1e-9, atol=1e-12)
-    # statistics of each rank by itself
-    apart = on_two_ranks(model, x, exchange=False)
-    assert (apart.terms["energy"] - terms["energy"]).abs() > 0.01
+    # without exchange each rank has statistics of its own
+    separate = on_two_ranks(model, x, exchange=False)
+    assert (separate.terms["energy"] - terms["energy"]).abs() > 0.01
 
 
-# ---- DAGMM: what evaluation reads ------------------------------------------------------------------------------------
+# ---- DAGMM: evaluation -----------------------------------------------------------------------------------------------
 
 
-def test_evaluation_reads_the_pooled_statistics_of_training(shifted: Any) -> None:
-    """Batches with weights that fall by 19/20: shares, means and covariances of all samples, by NumPy."""
+def test_evaluation_uses_pooled_statistics_of_training(shifted: Any) -> None:
+    """Shares, means and covariances of all samples by NumPy, with batch weights that decay by 19/20."""
     model, parts = shifted(dagmm()).train(), [images(20 + i, seed=i) for i in range(5)]
     for x in parts:
         model.loss(x)
@@ -225,22 +225,22 @@ def test_evaluation_reads_the_pooled_statistics_of_training(shifted: Any) -> Non
     phi, mu, sigma = weighted(gamma, np.concatenate(z))
     found = model.stored_mixture()
     for mine, theirs in zip(found, (phi / phi.sum(), mu, sigma), strict=True):
-        # what stood there before the first batch has a weight of about 1e-5
+        # the initial statistics have a weight of about 1e-5
         torch.testing.assert_close(mine, torch.from_numpy(theirs), rtol=1e-3, atol=1e-4)
     averaged = np.mean([weighted(gamma_by_hand(model, part), part)[2] for part in z], axis=0)
-    assert np.abs(averaged - sigma).max() > 1e-3  # a mean of covariances lacks what means differ by
+    assert np.abs(averaged - sigma).max() > 1e-3  # a mean of covariances misses the variance between means
 
 
 def test_evaluation_is_stateless_and_per_sample(shifted: Any) -> None:
     model, x = shifted(dagmm()), images(20)
     model.train().loss(images(20, seed=1))
-    held = {name: value.clone() for name, value in model.eval().state_dict().items()}
+    before = {name: value.clone() for name, value in model.eval().state_dict().items()}
     whole, terms = model.score(x), model.loss(x)
     assert torch.equal(model.score(x), whole)
     torch.testing.assert_close(model.score(x[3:4]), whole[3:4], rtol=1e-12, atol=0)
     torch.testing.assert_close(terms["energy"], whole.mean())
-    assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
-    # of the batch's own statistics the energy would be another
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # the batch's own statistics give another energy
     assert (model.energy(torch.from_numpy(z_by_hand(model, x)), *model.mixture(torch.from_numpy(z_by_hand(model, x))))
             - whole).abs().max() > 0.1  # fmt: skip
 
@@ -255,8 +255,8 @@ def test_untrained_mixture_is_standard_gaussian() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 @pytest.mark.parametrize("n", [1, 2, 4])
-def test_fewer_samples_than_dimensions_have_an_energy(n: int, scale: float, dtype: torch.dtype) -> None:
-    """A covariance of rank n - 1 has no Cholesky factor without the jitter, nor with one that rounding exceeds."""
+def test_fewer_samples_than_dimensions_have_finite_energy(n: int, scale: float, dtype: torch.dtype) -> None:
+    """A covariance of rank n - 1 has no Cholesky factor without the jitter, nor with one below rounding errors."""
     torch.manual_seed(n)
     model = dagmm().to(dtype)
     z = (scale * (torch.randn(n, 5) + 3)).to(dtype)
@@ -277,7 +277,7 @@ def test_nan_codes_give_nan_energy_without_error() -> None:
         .all()
     )
     lost = sigma.clone()
-    lost[1] = -lost[1]  # no covariance
+    lost[1] = -lost[1]  # not positive definite
     assert model.energy(torch.zeros(4, 5).double(), phi, mu, lost).isnan().all()
 
 
@@ -304,12 +304,12 @@ def test_black_samples_have_a_finite_distance(shifted: Any) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-# ---- what they find --------------------------------------------------------------------------------------------------
+# ---- detection -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_dagmm_detects_malignant_tumours(adam: Any) -> None:
-    """Rows of a table, as in the paper; far above the reconstruction's relative error only."""
+    """On tabular data, as in the paper; far better than the relative reconstruction error alone."""
     found = load_breast_cancer()
     benign, malignant = found.data[found.target == 1], found.data[found.target == 0]
     train, x = (
@@ -322,7 +322,7 @@ def test_dagmm_detects_malignant_tumours(adam: Any) -> None:
     with torch.no_grad():
         z = model.features(model.encode(x), x, model(x))
         auroc, relative = roc_auc_score(y, model.score(x)), roc_auc_score(y, z[:, -2])
-        # the mixture of all training samples at the last weights says nearly the same as what is remembered
+        # the mixture of all training samples at the final weights gives nearly the same result
         whole = model.energy(z, *model.mixture(model.features(model.encode(train), train, model(train))))
     assert auroc > 0.9 and auroc > relative + 0.2
     assert roc_auc_score(y, whole) == pytest.approx(auroc, abs=0.03)

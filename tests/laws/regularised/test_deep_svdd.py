@@ -30,19 +30,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
-# ---- Deep SVDD: what keeps the encoder from being constant -----------------------------------------------------------
+# ---- Deep SVDD: why the encoder cannot be constant -------------------------------------------------------------------
 
 
-FIT = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
+BIAS_FREE = ("mlp", "conv", "resnet", "convnext", "conv_keras", "unet", "gdn", "dc")
 
 
 def svdd(**settings: Any) -> Any:
     return small("deep_svdd", **settings)
 
 
-@pytest.mark.parametrize("net", FIT)
+@pytest.mark.parametrize("net", BIAS_FREE)
 def test_bias_free_code_of_zero_input_is_zero(net: str, shifted: Any) -> None:
-    """The constant of a network without biases, which c is not."""
+    """It is the only constant code of a network without biases, and differs from the centre c."""
     model = shifted(svdd(input_shape=(1, 8, 8), net=net, hidden_dims=(8, 12)))
     assert not any("bias" in name for name, _ in model.encoder.named_parameters())
     assert any("bias" in name for name, _ in model.decoder.named_parameters())
@@ -50,7 +50,7 @@ def test_bias_free_code_of_zero_input_is_zero(net: str, shifted: Any) -> None:
     assert model.encode(images(2, shape=(1, 8, 8))).abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("net", [net for net in NETS if net not in FIT])
+@pytest.mark.parametrize("net", [net for net in NETS if net not in BIAS_FREE])
 def test_networks_with_position_or_gate_offsets_are_refused(net: str) -> None:
     made = nets.encoder(net, (1, 8, 8), (CODE,), (8,))
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_networks_with_position_or_gate_offsets_are_refused(net: str) -> None:
                 p.zero_()
     gates = net == "lstm"  # its cells saturate
     x = torch.rand(1, 1, 8, 8)
-    if net == "mixer":  # whose last normalisation makes one code of all multiples of a sample
+    if net == "mixer":  # its last normalisation gives all multiples of a sample the same code
         assert made(x).any()
         torch.testing.assert_close(made(2 * x), made(x))
     else:
@@ -72,7 +72,7 @@ def test_networks_with_position_or_gate_offsets_are_refused(net: str) -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_bias_like_activations_are_refused(name: str) -> None:
-    """Proposition 3, and what is not 0 at 0."""
+    """Those that saturate (proposition 3), and those that are not 0 at 0."""
     act = nets.activation(name)
     at_0, (low, lower, high, higher) = act(torch.zeros(1)), act(torch.tensor([-100.0, -1000.0, 100.0, 1000.0]))
     saturates = any(a == b and a != 0 for a, b in ((low, lower), (high, higher)))
@@ -83,11 +83,11 @@ def test_bias_like_activations_are_refused(name: str) -> None:
         svdd(activation=name)
 
 
-def test_a_gated_network_is_0_at_0(shifted: Any) -> None:
+def test_gated_network_maps_zero_to_zero(shifted: Any) -> None:
     assert not shifted(svdd(activation="gated")).encode(torch.zeros(2, *SHAPE).double()).any()
 
 
-def test_the_centre_is_the_mean_of_the_first_codes_and_stays(quiet: Any) -> None:
+def test_centre_is_mean_of_first_codes_and_does_not_change(quiet: Any) -> None:
     model, batches = svdd(nu=0.1, lr=1e-2), [images(8, seed=i) for i in range(3)]
     mean = model.encode(batches[0]).detach().numpy().mean(0)
     expected = np.where(np.abs(mean) < 0.1, np.where(mean < 0, -0.1, 0.1), mean)
@@ -128,7 +128,7 @@ def test_one_class_loss_is_error_plus_mean_distance(shifted: Any) -> None:
     assert not model.radius
 
 
-def test_the_soft_boundary_has_the_radius_of_the_batch_before(shifted: Any) -> None:
+def test_soft_boundary_uses_radius_of_previous_batch(shifted: Any) -> None:
     model, nu, radius = shifted(svdd(nu=0.25)).train(), 0.25, 0.0
     for seed in range(3):
         x = images(18, seed)
@@ -142,10 +142,10 @@ def test_the_soft_boundary_has_the_radius_of_the_batch_before(shifted: Any) -> N
         assert model.radius.item() == pytest.approx(radius, rel=1e-9)
         np.testing.assert_allclose(model.score(x).detach(), d - radius**2, rtol=1e-7)
         assert (model.score(x) > 0).double().mean() == pytest.approx(nu, abs=0.06)
-    # what evaluation looks at leaves the radius, and has the loss of training
-    held, x = model.radius.clone(), images(18, seed=9)
+    # evaluation does not change the radius and has the loss of training
+    before, x = model.radius.clone(), images(18, seed=9)
     evaluated = model.eval().loss(x)
-    assert torch.equal(model.radius, held)
+    assert torch.equal(model.radius, before)
     trained = model.train().loss(x)
     assert all(torch.equal(evaluated[term], trained[term]) for term in trained)
 
@@ -160,7 +160,7 @@ def test_quantile_minimises_soft_boundary(nu: float) -> None:
 
     found = objective(np.array([model.radius.item() ** 2]))[0]
     assert found == pytest.approx(objective(np.linspace(0, float(d.max()), 10_001)).min(), rel=1e-4)
-    # the first version of the authors' code takes the quantile of squares for a length
+    # the first version of the authors' code uses the quantile of squared distances as the radius
     wrong = np.quantile(d.numpy(), 1 - nu) ** 2
     assert objective(np.array([wrong]))[0] > found * 1.02
 
@@ -178,16 +178,16 @@ def test_svdd_reconstructs_as_dense_ae_distance_trains_encoder(shifted: Any) -> 
     own, own_decoder = ([*net.parameters()] for net in (model.encoder, model.decoder))
     theirs = [p for p in parent.encoder.parameters() if p.ndim > 1]
     by_distance = all_grads((model.encode(x) - model.centre_D).square().sum(1).mean(), own)
-    for mine, other, apart in zip(
+    for mine, other, of_distance in zip(
         all_grads(terms["loss"], own), all_grads(expected["loss"], theirs), by_distance, strict=True
     ):
-        torch.testing.assert_close(mine, 0.7 * other + apart)
-        assert apart.abs().max() > 1e-4
+        torch.testing.assert_close(mine, 0.7 * other + of_distance)
+        assert of_distance.abs().max() > 1e-4
     for mine, other in zip(
         all_grads(terms["loss"], own_decoder), all_grads(expected["loss"], parent.decoder.parameters()), strict=True
     ):
         torch.testing.assert_close(mine, 0.7 * other)
-    # alpha = 0, the paper's objective: the decoder stays where it is
+    # alpha = 0, the paper's objective: the decoder gets no gradient
     alone = svdd(nll_weight=0.0)
     alone.load_state_dict(model.state_dict())
     alone_terms = alone.loss(x)
@@ -212,7 +212,7 @@ def test_linear_encoder_reaches_least_squares_solution(lbfgs: Any) -> None:
 
 @pytest.mark.slow
 def test_bias_would_collapse_codes_to_a_point(lbfgs: Any) -> None:
-    """Proposition 2: with one the least loss is 0, and all samples score alike."""
+    """Proposition 2: with a bias the least loss is 0, and all samples have the same score."""
     model, x = svdd(input_shape=(5,), hidden_dims=(), nll_weight=0.0), images(60, shape=(5,)) + 0.2
     with torch.no_grad():
         model.init_from_data(x)
@@ -221,7 +221,7 @@ def test_bias_would_collapse_codes_to_a_point(lbfgs: Any) -> None:
     assert model.score(x).max() < 1e-8
 
 
-# ---- what they find --------------------------------------------------------------------------------------------------
+# ---- detection -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_deep_svdd_detects_other_digits(settings: dict[str, Any]) -> None:
         optimizer.zero_grad()
         model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
         optimizer.step()
-    judged = detect(model, data, score="nll,mse", normal="3", n_shown=0)
-    auroc = judged.rows[0]["auroc"]
-    assert auroc == pytest.approx(roc_auc_score(y != 3, judged.scores))
+    result = detect(model, data, score="nll,mse", normal="3", n_shown=0)
+    auroc = result.rows[0]["auroc"]
+    assert auroc == pytest.approx(roc_auc_score(y != 3, result.scores))
     assert auroc > 0.9 and auroc > untrained

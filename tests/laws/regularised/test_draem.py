@@ -39,7 +39,7 @@ def draem(**settings: Any) -> Any:
 
 
 def noise_by_hand(seed: int, n: int, grid: tuple[int, int]) -> np.ndarray:
-    """Pixel by pixel, from the same draws."""
+    """Perlin noise, pixel by pixel from the same draws."""
     torch.manual_seed(seed)
     halvings = min(5, int(math.log2(max(1, min(grid) // 4))))
     side = 2**halvings + 1
@@ -76,7 +76,7 @@ def test_noise_has_cells_of_several_sizes() -> None:
     torch.manual_seed(0)
     noise = perlin(400, (64, 64), CPU)
     steps = (noise.diff(dim=2).abs().mean((1, 2)) / noise.abs().mean((1, 2))).log2()
-    assert float(steps.quantile(0.95) - steps.quantile(0.05)) > 3  # of 1 to 16 cells
+    assert float(steps.quantile(0.95) - steps.quantile(0.05)) > 3  # grids have 1 to 16 cells per side
     assert 0.03 < float((noise > 0.5).float().mean()) < 0.1
     assert abs(float(noise.mean())) < 0.01
 
@@ -86,7 +86,7 @@ def test_damage_blends_colour_over_region() -> None:
     found, seen = model.simulate_defects(x), []
     changed = (found != x).any(1)
     hit = changed.flatten(1).any(1)
-    assert 0.25 < float(hit.float().mean()) < 0.5  # half of all but those whose noise stays low
+    assert 0.25 < float(hit.float().mean()) < 0.5  # half of the samples, without those whose noise is low everywhere
     for before, after, mask in zip(x[hit], found[hit], changed[hit], strict=True):
         opacity = []
         for c in range(SHAPE[0]):
@@ -109,7 +109,7 @@ def test_damage_blends_other_sample_over_region() -> None:
     found, seen = model.simulate_defects(x), set()
     for k in range(8):
         values = (found[k][found[k] != x[k]] * 8).unique()
-        assert len(values) <= 1  # one opacity
+        assert len(values) <= 1  # constant opacity
         if len(values):
             b = (float(values) - k) / ((k - 1) % 8 - k)
             assert 0.1 - 1e-5 <= b <= 1 + 1e-5
@@ -129,10 +129,10 @@ def test_samples_are_shifted() -> None:
     k = places[0][1]
     mask = (found[k] != x[k]).any(0)
     straight = (found[k] - x[k])[:, mask] / (x[k - 1] - x[k])[:, mask]
-    assert float(straight.std()) > 1e-3  # no one opacity explains a sample that was not shifted
+    assert float(straight.std()) > 1e-3  # without a shift the opacity would be constant
 
 
-def test_the_loss_is_made_of_three_known_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_terms_match_torchvision_and_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = draem(ssim_weight=0.3, segmentation_weight=0.7).eval(), images()
     damaged = x.clone()
     damaged[:, :, 2:5, 3:7] = 0.5
@@ -154,7 +154,7 @@ def test_invisible_damage_is_not_segmented(monkeypatch: pytest.MonkeyPatch) -> N
     model, x = draem(ssim_weight=0.0).eval(), torch.zeros(4, *SHAPE)
     monkeypatch.setattr(model, "log_odds", lambda x, params: torch.full((len(x), *SHAPE[1:]), -9.0))
     torch.manual_seed(1)
-    assert float(model.loss(x)["segmentation"]) < 1e-3  # a black sample has no other colour than black
+    assert float(model.loss(x)["segmentation"]) < 1e-3  # a black sample has only the colour black
 
 
 def test_terms_train_expected_networks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_terms_train_expected_networks(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         ways[name] = set(reached)
     alone = {"encoder", "decoder"}
-    assert ways == {"nll": alone, "structure": alone, "segmentation": alone | {"segmentation"}}  # all, as in the paper
+    assert ways == {"nll": alone, "structure": alone, "segmentation": alone | {"segmentation"}}  # as in the paper
 
 
 def test_no_anomalies_and_zero_weights_equal_unet_ae(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_unet_skip_connections_reach_decoder() -> None:
     for p in net.down[1:].parameters():
         torch.nn.init.zeros_(p)
     x = torch.rand(2, 1, 9, 10)
-    assert not torch.equal(*net(x))  # what the finest map alone can tell
+    assert not torch.equal(*net(x))  # through the finest map only
 
 
 def test_detect_writes_the_models_own_map(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Laws of f-AnoGAN: the gradient penalty in closed form, three losses on one backward pass, and its score.
+"""Laws of f-AnoGAN: the gradient penalty in closed form, three losses in one backward pass, and its score.
 
 The model was compared with the most used port, in float64 on equal networks, weights, batch, codes and interpolates.
-Differences are relative to the greatest value, those of gradients by the worst parameter, over three networks.
+Differences are relative to the largest value, for gradients the largest of all parameters, over three networks.
 
     https://github.com/A03ki/f-AnoGAN, commit 900f9d643525ed0da2ca09b7b3420643e26f6775
         fanogan/train_wgangp.py            gradients of the critic 1.2e-15, of the generator 0
@@ -11,13 +11,14 @@ Differences are relative to the greatest value, those of gradients by the worst 
 Our scores are X times theirs, which are means, plus the constant of the likelihood. Differs: the port draws the share
 of an interpolate for each channel; the authors and ours draw it for each sample.
 
-The authors' code is TensorFlow in Python 2, and was read line by line: wgangp_64x64.py, z_encoding_izif.py and
-anomaly_detection.py of
+The authors' code is written in TensorFlow and Python 2 and was read line by line: wgangp_64x64.py, z_encoding_izif.py
+and anomaly_detection.py of
 
     https://github.com/tSchlegl/f-AnoGAN, commit 35b1de9b74764e2843807ed4087528ce265f4d24
 
-have the same losses and score. Differs: their encoder ends in tanh, so that codes lie in [-1, 1]^D, and trains after
-the others, which their comments call the paper's. Ours is linear in its last layer, and all train at once.
+It has the same losses and score. Differs: their encoder ends in tanh, so that codes lie in [-1, 1]^D, and is trained
+after the other networks, which their comments attribute to the paper. Ours has a linear last layer, and all networks
+are trained at once.
 """
 
 import copy
@@ -70,7 +71,7 @@ def players(model: Any) -> dict[str, list[nn.Parameter]]:
     }
 
 
-def judged(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def discriminate(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     f = nn.functional.leaky_relu(model.discriminator.body[0](x), 0.2)
     return f, f @ model.discriminator.head.weight[0] + model.discriminator.head.bias
 
@@ -78,25 +79,25 @@ def judged(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def penalties(model: Any, x: Tensor, made: Tensor, a: Tensor) -> Tensor:
     """As in wgangp_64x64.py of https://github.com/tSchlegl/f-AnoGAN, by torch.autograd."""
     between = (made + a[:, None, None, None] * (x - made)).detach().requires_grad_()
-    (g,) = torch.autograd.grad(judged(model, between)[1].sum(), between, create_graph=True)
+    (g,) = torch.autograd.grad(discriminate(model, between)[1].sum(), between, create_graph=True)
     return (g.square().sum((1, 2, 3)).sqrt() - 1) ** 2
 
 
 def losses(model: Any, x: Tensor, z: Tensor, a: Tensor) -> dict[str, Tensor]:
-    """What each player minimises, all parameters live."""
+    """The loss of each player, and all terms."""
     params, made = model.decoder(model.encoder(x)), model.decode(z)
     nll = -model.likelihood.log_prob(params, x).mean()
-    off = (judged(model, x)[0] - judged(model, model.likelihood.mean(params))[0]).square().mean(1)
-    critic = judged(model, made)[1].mean() - judged(model, x)[1].mean()
+    off = (discriminate(model, x)[0] - discriminate(model, model.likelihood.mean(params))[0]).square().mean(1)
+    critic = discriminate(model, made)[1].mean() - discriminate(model, x)[1].mean()
     penalty = penalties(model, x, made, a).mean()
     encoder = nll + model.feature_weight * X * off.mean()
     return {
         "encoder": encoder,
-        "generator": model.generator_weight * encoder - judged(model, made)[1].mean(),
+        "generator": model.generator_weight * encoder - discriminate(model, made)[1].mean(),
         "critic": critic + model.penalty_weight * penalty,
         "nll": nll,
         "features": X * off.mean(),
-        "adversarial": -judged(model, made)[1].mean(),
+        "adversarial": -discriminate(model, made)[1].mean(),
         "discriminator": critic,
         "gradient_penalty": penalty,
     }
@@ -112,7 +113,7 @@ def size(value: Tensor, of: list[nn.Parameter]) -> float:
     return math.sqrt(sum(float((g**2).sum()) for g in found if g is not None))
 
 
-# ---- who trains what -------------------------------------------------------------------------------------------------
+# ---- which loss trains which network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -151,8 +152,8 @@ def test_no_term_reaches_other_networks(shifted: Any) -> None:
 def test_networks_partition_all_parameters() -> None:
     model = small(discriminator_lr=5e-3, likelihood="gaussian:learned")
     first, last = model.configure_optimizers().param_groups
-    held = [id(p) for group in (first, last) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    ids = [id(p) for group in (first, last) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
     # wgangp_64x64.py of https://github.com/tSchlegl/f-AnoGAN
     assert (first["lr"], first["betas"]) == (1e-3, (0.0, 0.9))
@@ -176,9 +177,9 @@ def test_generator_and_critic_train_independently_of_encoder(shifted: Any, quiet
         torch.manual_seed(mix(11, 0, 0, i))
         z, a = draws()
         made = other.decode(z)
-        critic = judged(other, made.detach())[1].mean() - judged(other, x)[1].mean()
+        critic = discriminate(other, made.detach())[1].mean() - discriminate(other, x)[1].mean()
         critic = critic + 10 * penalties(other, x, made, a).mean()
-        found = {"generator": -judged(other, made)[1].mean(), "critic": critic}
+        found = {"generator": -discriminate(other, made)[1].mean(), "critic": critic}
         grads = {player: torch.autograd.grad(value, parts[player], retain_graph=True, allow_unused=True)
                  for player, value in found.items()}  # fmt: skip
         for player, adam in adams.items():
@@ -224,7 +225,7 @@ def test_linear_critic_penalty_is_norm_deviation(norm: float) -> None:
     assert g_b is None or not g_b.any()
 
 
-def test_a_flat_critic_has_a_finite_gradient() -> None:
+def test_constant_critic_has_finite_gradients() -> None:
     model, x = small(discriminator_dims=(X,)), images()
     model.discriminator.body = nn.Flatten()
     with torch.no_grad():
@@ -236,7 +237,7 @@ def test_a_flat_critic_has_a_finite_gradient() -> None:
 
 
 class HalfSquare(nn.Module):
-    """||x||^2 / 2, whose slope is x."""
+    """||x||^2 / 2, whose gradient is x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x.flatten(1).square().sum(1, keepdim=True)
@@ -248,7 +249,7 @@ def test_gradient_penalty_uses_uniform_interpolates() -> None:
     with torch.no_grad():
         model.discriminator.head.weight.fill_(1.0)
     x, made = torch.full((n, *SHAPE), 3.0, dtype=torch.float64), torch.ones(n, *SHAPE, dtype=torch.float64)
-    slope = model.penalty(x, made).sqrt() + 1  # both are above 1
+    slope = model.penalty(x, made).sqrt() + 1  # the norm is above 1
     a = (slope / math.sqrt(X) - 1) / 2
     assert stats.kstest(a.detach().numpy(), "uniform").pvalue > 1e-3
 
@@ -270,12 +271,12 @@ def test_critic_loss_is_invariant_to_constant_shift(shifted: Any) -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("kappa", [0.0, 0.6])
-def test_the_score_is_the_paper_s_times_the_number_of_values(kappa: float, net: str, shifted: Any) -> None:
+def test_score_is_number_of_values_times_that_of_paper(kappa: float, net: str, shifted: Any) -> None:
     """A(x) = ||x - G(E(x))||^2 / n + kappa ||f(x) - f(G(E(x)))||^2 / n_d, equation 6; and the Gaussian's constant."""
     model, x = shifted(small(feature_weight=kappa, net=net)).eval(), images(20)
     with torch.no_grad():
         x_hat = model.decoder(model.encoder(x))
-        f, f_hat = judged(model, x)[0].numpy(), judged(model, x_hat)[0].numpy()
+        f, f_hat = discriminate(model, x)[0].numpy(), discriminate(model, x_hat)[0].numpy()
         score = model.score(x)
     off, off_f = (x - x_hat).numpy().reshape(20, X), f - f_hat
     paper = (off**2).sum(1) / X + kappa * (off_f**2).sum(1) / off_f.shape[1]
@@ -324,6 +325,6 @@ def test_one_class_training_detects_other_digits(alpha: float) -> None:
         optimizer.zero_grad()
         model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
         optimizer.step()
-    judgement = detect(model, data, score="nll", normal="3", n_shown=0, baselines=False)
-    assert judgement.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, judgement.scores))
-    assert judgement.rows[0]["auroc"] > (0.9 if alpha else 0.8)
+    result = detect(model, data, score="nll", normal="3", n_shown=0, baselines=False)
+    assert result.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, result.scores))
+    assert result.rows[0]["auroc"] > (0.9 if alpha else 0.8)

@@ -1,4 +1,4 @@
-"""Laws of FRE (Ahuja et al. 2023): principal components of frozen features, and their error place by place."""
+"""Laws of FRE (Ahuja et al. 2023): principal components of frozen features, and the map of their errors."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from frozen_feature_laws import (  # noqa: F401
     small,
     test_bfloat16_keeps_statistics_in_float32,
     test_fitted_model_finds_and_locates_defects,
-    test_image_decoder_changes_no_code_map_or_score,
+    test_image_decoder_does_not_affect_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
-    test_training_leaves_frozen_network_as_it_is,
+    test_training_does_not_change_frozen_network,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
 )

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
-# ---- GANomaly: who trains what ---------------------------------------------------------------------------------------
+# ---- GANomaly: which loss trains which network -----------------------------------------------------------------------
 
 
 LIKELIHOODS = ("laplace", "bernoulli", "gaussian:learned")
@@ -51,13 +51,13 @@ def players(model: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def features_by_hand(model: Any, x: Tensor) -> Tensor:
-    """The last hidden layer, of mean 0 and variance 1 for each sample."""
+    """The last hidden layer, normalised to mean 0 and variance 1 for each sample."""
     h = model.discriminator.body(x)
     return (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
 def losses(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """What each player minimises, all parameters live: the authors' means, times X / 50."""
+    """The loss of each player: the authors' means, times X / 50."""
     z = model.encoder(x)
     params = model.decoder(z)
     x_hat = model.likelihood.mean(params)
@@ -106,7 +106,7 @@ def test_no_term_reaches_other_networks(shifted: Any) -> None:
     for net in (model.encoder, model.decoder, model.second_encoder):
         assert size(terms["encoding"], [*net.parameters()]) > 1e-6
     assert size(terms["nll"], [*model.second_encoder.parameters()]) == 0
-    # the slip of https://github.com/samet-akcay/ganomaly's ports, an output that is not detached
+    # ports of https://github.com/samet-akcay/ganomaly do not detach this output
     leaky = F.softplus(model.discriminator(model(x))[1]).mean()
     assert size(leaky, parts["generator"]) > 1e-6
 
@@ -114,8 +114,8 @@ def test_no_term_reaches_other_networks(shifted: Any) -> None:
 def test_networks_partition_all_parameters() -> None:
     model = ganomaly(discriminator_lr=3e-3, likelihood="laplace:learned")
     first, last = model.configure_optimizers().param_groups
-    held = [id(p) for group in (first, last) for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    ids = [id(p) for group in (first, last) for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
     # https://github.com/samet-akcay/ganomaly, lib/model.py: both
     assert (first["lr"], first["betas"]) == (1e-3, (0.5, 0.999))
@@ -150,7 +150,7 @@ def test_training_matches_separate_optimisers(shifted: Any, quiet: Any) -> None:
 
 
 def test_zero_weights_generator_equals_dense_ae(shifted: Any) -> None:
-    """Its loss and gradients are dense_ae's, whatever the discriminator does."""
+    """Loss and gradients are those of dense_ae for any discriminator."""
     model, x = shifted(ganomaly(adv_weight=0.0, enc_weight=0.0)), images()
     parent = aezoo.create_model(
         "dense_ae", SHAPE, latent_dim=4, hidden_dims=(16,), activation="leaky_relu", likelihood="laplace"
@@ -169,7 +169,7 @@ def test_zero_weights_generator_equals_dense_ae(shifted: Any) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-9)
 
 
-def test_indifferent_discriminator_costs_2_log_2() -> None:
+def test_zero_logits_cost_2_log_2() -> None:
     model = ganomaly()
     with torch.no_grad():
         for p in model.discriminator.head.parameters():
@@ -184,7 +184,7 @@ def test_feature_scale_of_discriminator_cancels(shifted: Any) -> None:
             model.discriminator.body[-2].weight *= factor
             model.discriminator.body[-2].bias *= factor
         found.append(model.loss(x)["adversarial"])
-        # at most the distance of opposite points of a sphere, 4 for each feature
+        # at most 4 per feature, for opposite points of a sphere
         assert 0 < found[-1] <= 4 * 18
     torch.testing.assert_close(*found, rtol=1e-3, atol=0)
 
@@ -202,19 +202,19 @@ def test_score_is_mean_squared_code_difference(likelihood: str, net: str, shifte
     # torch.mean(torch.pow((latent_i-latent_o), 2), dim=1) in lib/model.py of https://github.com/samet-akcay/ganomaly
     np.testing.assert_allclose(score.numpy(), np.mean((z - z_hat) ** 2, axis=1), rtol=1e-9)
     torch.testing.assert_close(model.score(x[5:6]).detach(), score[5:6], rtol=1e-9, atol=0)
-    # scaled by the least and the largest of what is judged, as in the paper and anomalib #1093, it would not
+    # scaled by minimum and maximum, as in the paper and anomalib #1093, a score depends on the other samples
     scaled = [(s - s.min()) / (s.max() - s.min()) for s in (score, score[3:9])]
     assert (scaled[0][3:9] - scaled[1]).abs().max() > 0.01
 
 
 def test_agreeing_encoders_give_zero_score(shifted: Any) -> None:
-    """A perfect autoencoder whose second encoder is its first."""
+    """An exact autoencoder whose second encoder equals its first."""
     model: Any = aezoo.create_model("ganomaly", (6,), latent_dim=6, hidden_dims=(), discriminator_dims=(8,)).double()
     with torch.no_grad():
         for net in (model.encoder, model.decoder, model.second_encoder):
             for p in net.parameters():
                 p.copy_(torch.eye(6) if p.ndim == 2 else torch.zeros(6))
-        for p in model.discriminator.parameters():  # of few bits, so that sums have no rounding in any order
+        for p in model.discriminator.parameters():  # few bits, so that sums are exact in any order
             p.copy_((256 * p).round() / 256)
     x = (256 * torch.rand(9, 6, dtype=torch.float64)).round() / 256
     terms = model.loss(x)
@@ -223,12 +223,12 @@ def test_agreeing_encoders_give_zero_score(shifted: Any) -> None:
     assert terms["nll"].item() == pytest.approx(6 * math.log(2))
 
 
-# ---- what they find --------------------------------------------------------------------------------------------------
+# ---- detection -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_ganomaly_detects_other_digits() -> None:
-    """One-vs-rest; figures of runs differ much (anomalib #1093), hence the mean of two. Baselines stand beside it."""
+    """One-vs-rest; results of runs differ much (anomalib #1093), hence the mean of two. Baselines are reported too."""
     data, found = aezoo.DataModule("digits", batch_size=64, train_classes=[3]), []
     x, y = data.tensors("train")[0], np.asarray(data.tensors("test")[1])
     for seed in (0, 1):
@@ -239,8 +239,8 @@ def test_ganomaly_detects_other_digits() -> None:
             optimizer.zero_grad()
             model.loss(x[torch.randint(len(x), (64,))])["loss"].backward()
             optimizer.step()
-        judged = detect(model, data, score="nll,mse", normal="3", n_shown=0)
-        assert judged.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, judged.scores))
-        assert {"mse", "pca", "mean", "knn", "isolation_forest"} < {row["method"] for row in judged.rows}
-        found.append(judged.rows[0]["auroc"])
+        result = detect(model, data, score="nll,mse", normal="3", n_shown=0)
+        assert result.rows[0]["auroc"] == pytest.approx(roc_auc_score(y != 3, result.scores))
+        assert {"mse", "pca", "mean", "knn", "isolation_forest"} < {row["method"] for row in result.rows}
+        found.append(result.rows[0]["auroc"])
     assert np.mean(found) > 0.9, found

@@ -10,10 +10,10 @@ from frozen_feature_laws import (  # noqa: F401
     small,
     test_bfloat16_keeps_statistics_in_float32,
     test_fitted_model_finds_and_locates_defects,
-    test_image_decoder_changes_no_code_map_or_score,
+    test_image_decoder_does_not_affect_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
-    test_training_leaves_frozen_network_as_it_is,
+    test_training_does_not_change_frozen_network,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
 )
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 def fitted(**settings: Any) -> tuple[Any, Tensor]:
-    """A model that has seen 30 samples in batches of several sizes, and all of them."""
+    """A model fitted to 30 samples in batches of several sizes, and the samples."""
     model, x = small("padim", **settings).train(), images(30)
     for part in x.split([7, 1, 12, 10]):
         model.loss(part)
@@ -71,7 +71,7 @@ def test_code_is_a_choice_of_channels_of_all_maps() -> None:
     assert few.channels_D.unique().shape == (20,) and torch.equal(few.encode(x), every[:, few.channels_D])
 
 
-def test_evaluation_gathers_no_statistics() -> None:
+def test_evaluation_does_not_update_statistics() -> None:
     model, x = fitted()
     before = model.scatter_PDD.clone()
     model.loss(images(5, seed=9))

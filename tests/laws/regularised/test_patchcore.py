@@ -11,10 +11,10 @@ from frozen_feature_laws import (  # noqa: F401
     small,
     test_bfloat16_keeps_statistics_in_float32,
     test_fitted_model_finds_and_locates_defects,
-    test_image_decoder_changes_no_code_map_or_score,
+    test_image_decoder_does_not_affect_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
-    test_training_leaves_frozen_network_as_it_is,
+    test_training_does_not_change_frozen_network,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
 )
@@ -32,7 +32,7 @@ def patches(model: Any, x: Tensor) -> np.ndarray:
 
 
 def greedy(x: np.ndarray, k: int) -> list[int]:
-    """The definition: always the farthest from all that are chosen."""
+    """The definition: always the point farthest from all chosen ones."""
     chosen = [0]
     while len(chosen) < min(k, len(x)):
         chosen.append(int(cdist(x, x[chosen]).min(1).argmax()))
@@ -60,7 +60,7 @@ def test_memory_of_batches_covers_all_patches() -> None:
     every, memory = patches(model, x), model.memory_MD.numpy()
     radius, least = cdist(every, memory).min(1).max(), cdist(every, every[greedy(every, 30)]).min(1).max()
     assert least / 2 < radius < 2 * least
-    # nothing is made up
+    # all entries are patches
     assert cdist(memory, every).min(1).max() < 1e-9
 
 
@@ -71,14 +71,14 @@ def test_large_memory_contains_every_patch() -> None:
     every = patches(model, x)
     assert int(model.n_held) == len(every) < 500
     np.testing.assert_allclose(model.eval().score(x), 0, atol=1e-9)
-    # in a second epoch nothing is added but repetitions
+    # a second epoch adds only repetitions
     model.train().loss(x)
     assert cdist(every, model.memory_MD[: int(model.n_held)].numpy()).min(1).max() < 1e-9
 
 
 @pytest.mark.parametrize("memory_size", [30, 500])
 @pytest.mark.parametrize("k", [1, 4, 1000])
-def test_score_matches_formula_beside_scikit_learn(memory_size: int, k: int) -> None:
+def test_score_matches_formula_with_scikit_learn_neighbours(memory_size: int, k: int) -> None:
     model, x = small("patchcore", memory_size=memory_size, n_neighbors=k).train(), images(5, seed=2)
     model.loss(images(4))
     memory = model.memory_MD[: int(model.n_held)].numpy()

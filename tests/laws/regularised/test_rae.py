@@ -1,4 +1,4 @@
-"""Laws of RAE, regularised autoencoder (Ghosh et al. 2020)."""
+"""Laws of RAE, the regularised autoencoder (Ghosh et al. 2020)."""
 
 import math
 from pathlib import Path
@@ -10,14 +10,14 @@ import pytest
 import torch
 from aggregate_posterior_laws import (  # noqa: F401
     SHAPE,
-    caught,
+    assert_law_fails,
     images,
     normal,
     same,
     small,
+    test_default_likelihood_is_the_papers_squared_error,
     test_fitted_priors_follow_the_codes,
     test_regularisation_term_trains_encoder,
-    test_the_squared_error_of_the_papers_is_the_default,
     test_zero_weight_equals_dense_autoencoder,
 )
 from gradient_laws import (
@@ -61,7 +61,7 @@ def jacobians(model: Any, z: Tensor) -> Tensor:
     return torch.stack([row.flatten(0, -2) for row in rows])
 
 
-class OfTheImage(RAE):
+class GradientByImage(RAE):
     """pythae: the derivative of the reconstruction's sum with respect to the image."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class OfTheImage(RAE):
         return {**super().loss(x), "gp": g.square().flatten(1).sum(1).mean()}
 
 
-class OfTheSquares(RAE):
+class GradientOfSquares(RAE):
     """The authors' code: the gradient of the sum of squares, 2 J' g."""
 
     def jacobian_norm(self, z_BD: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class OfTheSquares(RAE):
 
 
 def linear_law(cls: Any) -> None:
-    """Of a linear decoder the Jacobian is its weight, whose squared Frobenius norm is known."""
+    """For a linear decoder the Jacobian is its weight, whose squared Frobenius norm is known."""
     torch.manual_seed(5)
     model = small(cls, hidden_dims=(), regulariser="gp")
     found = torch.stack([model.loss(images(2000))["gp"] for _ in range(3)])
@@ -89,8 +89,8 @@ def linear_law(cls: Any) -> None:
 
 def test_linear_decoder_penalty_is_squared_norm() -> None:
     linear_law(RAE)
-    caught(linear_law, OfTheImage)
-    caught(linear_law, OfTheSquares)
+    assert_law_fails(linear_law, GradientByImage)
+    assert_law_fails(linear_law, GradientOfSquares)
 
 
 @pytest.mark.slow
@@ -120,8 +120,8 @@ def norms(model: Any) -> list[float]:
     return [float(np.linalg.norm(m.weight.detach().flatten(1).numpy(), 2)) for m in layers]
 
 
-class Stale(RAE):
-    """torch.nn.utils: the singular vectors are those of before the step."""
+class StaleSingularVectors(RAE):
+    """torch.nn.utils: the singular vectors are from before the step."""
 
     def after_optimizer_step(self) -> None:
         pass
@@ -143,7 +143,7 @@ def spectral_law(cls: Any, quiet: Any, **settings: Any) -> None:
 @pytest.mark.parametrize("settings", [{"hidden_dims": (40,)}, {"net": "conv", "hidden_dims": (8, 12)}])
 def test_decoder_weights_keep_spectral_norm_1(settings: Any, quiet: Any) -> None:
     spectral_law(RAE, quiet, **settings)
-    caught(lambda cls: spectral_law(cls, quiet, **settings), Stale)
+    assert_law_fails(lambda cls: spectral_law(cls, quiet, **settings), StaleSingularVectors)
     assert max(abs(norm - 1) for norm in norms(RAE((1, 8, 8), regulariser="none", **settings))) > 0.1
 
 
@@ -160,7 +160,7 @@ def test_spectral_norm_gradient_matches_autograd() -> None:
     norm, direction = SpectralNorm(weight.detach().float()).double(), torch.randn(6, 5, dtype=torch.float64)
     norm.search(weight)
     same((norm(weight) * direction).sum(), (weight / torch.linalg.matrix_norm(weight, 2) * direction).sum(), weight)
-    norm(0 * weight.detach())  # nothing to divide by
+    norm(0 * weight.detach())  # a norm of 0 raises no error
     single = SpectralNorm(weight.detach().float())
     for diverged in (math.nan, math.inf, 1e36, 1e20):
         single.search(weight.detach().float() * diverged)

@@ -8,10 +8,10 @@ from frozen_feature_laws import (  # noqa: F401
     small,
     test_bfloat16_keeps_statistics_in_float32,
     test_fitted_model_finds_and_locates_defects,
-    test_image_decoder_changes_no_code_map_or_score,
+    test_image_decoder_does_not_affect_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
-    test_training_leaves_frozen_network_as_it_is,
+    test_training_does_not_change_frozen_network,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
 )
@@ -38,7 +38,7 @@ def test_distances_are_one_minus_cosine_of_places() -> None:
     assert float(model.loss(x)["distillation"]) == pytest.approx(total)
 
 
-def test_restored_maps_of_another_length_are_not_strange() -> None:
+def test_distance_ignores_length_of_restored_features() -> None:
     model, x = small("reverse_distillation"), images(3)
     maps = [found + 0.1 for found in model.maps(x)]
     for M in model.distances(maps, [3 * found for found in maps]):
@@ -51,7 +51,7 @@ def test_map_is_smoothed_sum_of_enlarged_distances() -> None:
     with torch.no_grad():
         distances = model.distances(maps, model.restore(model.encode(x)))
         found, score = model.anomaly_map(x).numpy(), model.score(x)
-    # the corners of a map are those of the picture
+    # the corners of maps and image are aligned
     large = sum(zoom(M.numpy(), (1, 12 / M.shape[1], 13 / M.shape[2]), order=1, grid_mode=False) for M in distances)
     wanted = np.stack([gaussian_filter(each, 1.5, mode="mirror", truncate=4) for each in large])
     np.testing.assert_allclose(found, wanted, rtol=1e-7)
@@ -60,7 +60,7 @@ def test_map_is_smoothed_sum_of_enlarged_distances() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 27, 35), (1, 40, 9)], ids=str)
 @pytest.mark.parametrize("features", ["random", "timm:resnet18,out_indices=1:2:3"])
-def test_maps_are_restored_in_their_shapes(shape: tuple[int, ...], features: str) -> None:
+def test_restored_maps_have_the_shapes_of_the_maps(shape: tuple[int, ...], features: str) -> None:
     torch.manual_seed(0)
     model = aezoo.create_model("reverse_distillation", shape, features=features, latent_dim=3)
     x = torch.rand(2, *shape)

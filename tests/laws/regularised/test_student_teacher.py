@@ -1,4 +1,4 @@
-"""Laws of STFPM (Wang et al. 2021): the distances of maps, what a perfect student gives, and the product."""
+"""Laws of STFPM (Wang et al. 2021): the distances of maps, a perfect student, and the product of maps."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from frozen_feature_laws import (  # noqa: F401
     small,
     test_bfloat16_keeps_statistics_in_float32,
     test_fitted_model_finds_and_locates_defects,
-    test_image_decoder_changes_no_code_map_or_score,
+    test_image_decoder_does_not_affect_code_map_or_score,
     test_missing_network_is_refused_in_one_line,
     test_saved_model_contains_the_weights_of_its_network,
-    test_training_leaves_frozen_network_as_it_is,
+    test_training_does_not_change_frozen_network,
     test_two_ranks_of_frozen_features_equal_one_process,
     test_vectors_and_volumes_are_refused,
 )
@@ -32,7 +32,7 @@ def test_distances_are_one_minus_cosine() -> None:
     torch.testing.assert_close(model.loss(x)["imitation"], imitation)
 
 
-def test_student_that_equals_its_teacher_finds_nothing() -> None:
+def test_student_equal_to_teacher_gives_a_zero_map() -> None:
     model, x = small("student_teacher").requires_grad_(False), images(3)
     assert float(model.loss(x)["imitation"]) > 0.1
     model.student.load_state_dict(model.backbone.state_dict())
@@ -57,6 +57,6 @@ def test_student_starts_from_separate_weights_and_statistics(features: str) -> N
     assert all(a.ndim == 1 or not torch.equal(a, b) for a, b in pairs)
     norms = [m for m in model.student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and all(not m.training and m.weight.requires_grad for m in norms)
-    # those of images that it sees, so that no map vanishes
+    # the statistics are from images, so that no map vanishes
     assert all(float(m.running_var.min()) > 0 and not torch.equal(m.running_mean, 0 * m.running_mean) for m in norms)
     assert all(0.1 < float(found.detach().std()) < 10 for found in model.student(torch.rand(4, 3, 32, 32)))

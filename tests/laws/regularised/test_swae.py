@@ -1,4 +1,4 @@
-"""Laws of Sliced Wasserstein autoencoder (Kolouri et al. 2018)."""
+"""Laws of the sliced Wasserstein autoencoder (Kolouri et al. 2018)."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from aggregate_posterior_laws import (  # noqa: F401
     CODE,
-    caught,
+    assert_law_fails,
     codes,
     normal,
     same,
     small,
     test_decoded_codes_are_compared_with_prior_draws,
+    test_default_likelihood_is_the_papers_squared_error,
     test_distances_are_not_rounded_under_autocast,
     test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
-    test_the_squared_error_of_the_papers_is_the_default,
     test_two_ranks_equal_one_process,
     test_zero_weight_equals_dense_autoencoder,
 )
@@ -41,7 +41,7 @@ class DividedOnceMore(SWAE):
         return super().sliced_wasserstein(z_BD, prior_BD) / (len(z_BD) * (len(z_BD) - 1))
 
 
-class NotOfUnitLength(SWAE):
+class UnnormalisedDirections(SWAE):
     """Directions that are Gaussian vectors: D times the distance."""
 
     def sliced_wasserstein(self, z_BD: Tensor, prior_BD: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def line_law(cls: Any) -> None:
 
 
 def shift_law(cls: Any) -> None:
-    """Between N(m, I) and N(0, I) it is ||m||^2 / D, whatever the dimension."""
+    """Between N(m, I) and N(0, I) it is ||m||^2 / D in any dimension."""
     for d in (2, 8):
         m = torch.linspace(0.5, 2, d).double()
         found = small(cls, latent_dim=d, n_projections=600).sliced_wasserstein(normal(1500, d) + m, normal(1500, d))
@@ -100,14 +100,14 @@ def test_sliced_wasserstein_distance_satisfies_laws(law: Any) -> None:
     ("mistake", "law"),
     [
         *((DividedOnceMore, law) for law in SW_LAWS),
-        (NotOfUnitLength, line_law),
-        (NotOfUnitLength, shift_law),
+        (UnnormalisedDirections, line_law),
+        (UnnormalisedDirections, shift_law),
         (Unsorted, line_law),
         (Unsorted, shift_law),
     ],
 )
 def test_wrong_sliced_wasserstein_distances_are_detected(mistake: Any, law: Any) -> None:
-    caught(law, mistake)
+    assert_law_fails(law, mistake)
 
 
 def test_distance_of_permuted_set_is_zero() -> None:

@@ -1,4 +1,4 @@
-"""Laws of WAE-GAN, Wasserstein autoencoder (Tolstikhin et al. 2018)."""
+"""Laws of WAE-GAN, the adversarial Wasserstein autoencoder (Tolstikhin et al. 2018)."""
 
 import math
 from typing import Any
@@ -12,13 +12,13 @@ from aggregate_posterior_laws import (  # noqa: F401
     images,
     normal,
     small,
-    test_each_player_has_a_group_of_the_optimiser,
+    test_default_likelihood_is_the_papers_squared_error,
+    test_each_player_has_a_parameter_group,
     test_fitted_priors_follow_the_codes,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
     test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
-    test_the_squared_error_of_the_papers_is_the_default,
     test_zero_weight_equals_dense_autoencoder,
 )
 from gradient_laws import (  # noqa: F401
@@ -39,7 +39,7 @@ pytestmark = [
 # ---- WAE-GAN and AAE: Tolstikhin et al. 2018, Makhzani et al. 2015 ---------------------------------------------------
 
 
-def test_indifferent_discriminator_pays_log_2_per_class(shifted: Any) -> None:
+def test_zero_logits_cost_log_2_per_term(shifted: Any) -> None:
     model = shifted(small("wae_gan"))
     with torch.no_grad():
         for p in [*model.discriminator.parameters()][-2:]:
@@ -51,7 +51,7 @@ def test_indifferent_discriminator_pays_log_2_per_class(shifted: Any) -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 1.5])
 def test_optimal_discriminator_is_log_ratio_prior_to_codes(shift: float) -> None:
-    """Of N(m, 1) and N(0, 1) the ratio is linear in z: 2 log 2 less twice the Jensen-Shannon divergence is paid."""
+    """For N(m, 1) and N(0, 1) the log-ratio is linear in z; the least loss is 2 log 2 - 2 Jensen-Shannon divergence."""
     n = 20_000
     model = small("wae_gan", input_shape=(1,), latent_dim=1, hidden_dims=(), discriminator_dims=())
     z = normal(n, 1) + shift
@@ -95,8 +95,8 @@ def test_overflowing_log_variances_give_finite_loss() -> None:
 
 
 @pytest.mark.slow
-def test_the_encoder_is_driven_towards_the_prior() -> None:
-    """A code that is the sample moved: with the sign of the adversarial term turned it would run away."""
+def test_training_moves_codes_towards_the_prior() -> None:
+    """For a shifted code, which would move away with the wrong sign of the adversarial term."""
     torch.manual_seed(0)
     model: Any = aezoo.create_model(
         "wae_gan", (1,), latent_dim=1, hidden_dims=(), discriminator_dims=(16,), lr=1e-2, discriminator_lr=1e-2

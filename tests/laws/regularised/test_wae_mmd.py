@@ -1,4 +1,4 @@
-"""Laws of WAE-MMD, Wasserstein autoencoder (Tolstikhin et al. 2018)."""
+"""Laws of WAE-MMD, the Wasserstein autoencoder with an MMD (Tolstikhin et al. 2018)."""
 
 import math
 from typing import Any
@@ -7,16 +7,16 @@ import pytest
 import torch
 from aggregate_posterior_laws import (  # noqa: F401
     CODE,
-    caught,
+    assert_law_fails,
     codes,
     normal,
     same,
     small,
     test_decoded_codes_are_compared_with_prior_draws,
+    test_default_likelihood_is_the_papers_squared_error,
     test_distances_are_not_rounded_under_autocast,
     test_regularisation_term_trains_encoder,
     test_samples_are_decoded_draws_from_a_standard_normal_prior,
-    test_the_squared_error_of_the_papers_is_the_default,
     test_two_ranks_equal_one_process,
     test_zero_weight_equals_dense_autoencoder,
 )
@@ -97,7 +97,7 @@ def test_mmd_matches_double_loop() -> None:
 
 @pytest.mark.parametrize("mistake", [DividedTwice, CrossWithoutDiagonal, MeanOverTheCode])
 def test_wrong_mmd_estimates_are_detected(mistake: Any) -> None:
-    caught(mmd_law, mistake)
+    assert_law_fails(mmd_law, mistake)
 
 
 def mean_kernel(squared_shift: float, variance: float) -> float:
@@ -131,14 +131,14 @@ def test_v_statistic_is_permutation_and_copy_invariant(kernel: str) -> None:
         assert single.isfinite()
 
 
-def test_the_default_is_algorithm_2_term_for_term() -> None:
+def test_default_equals_algorithm_2_term_by_term() -> None:
     """Sums over l != j over n (n - 1), and over all pairs with the prior twice over n^2."""
     model, z, p = small("wae_mmd"), codes(7), normal(7)
     n, k = 7, lambda a, b: sum(2 * CODE * s / (2 * CODE * s + (a - b).square().sum()) for s in SCALES)
     pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
     same_set = sum(k(z[i], z[j]) + k(p[i], p[j]) for i, j in pairs) / (n * (n - 1))
     same(model.mmd(z, p), same_set - 2 * sum(k(a, b) for a in z for b in p) / n**2, z)
-    # of codes from the prior it is below 0 as often as above
+    # for codes from the prior both signs occur
     signs = {float(small("wae_mmd").mmd(normal(20), normal(20)).sign()) for _ in range(40)}
     assert signs == {-1.0, 1.0}
 

@@ -1,4 +1,4 @@
-"""Laws of two kinds of TopK SAE: codes of both signs (AbsTopK), directions that are mixtures of data (archetypal)."""
+"""Laws of AbsTopK SAE, whose codes have both signs, and RA-SAE, whose directions are mixtures of data."""
 
 import math
 from typing import Any

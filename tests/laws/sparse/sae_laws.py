@@ -44,7 +44,7 @@ def gap(a: Any, b: Any) -> float:
 
 
 class BatchCallback(pl.Callback):
-    """What each step of the optimiser is given and leaves."""
+    """Record what `look` returns after each batch."""
 
     def __init__(self, look: Any) -> None:
         self.look = look
@@ -55,7 +55,7 @@ class BatchCallback(pl.Callback):
 
 
 def trained(model: Any, x: Any, quiet: Any, look: Any, batch: int = 25, **settings: Any) -> list[Any]:
-    """What `look` sees of the model and its terms after each step of an epoch."""
+    """What `look` returns for the model and its terms after each step of an epoch."""
     watch = BatchCallback(look)
     quiet(max_epochs=1, callbacks=[watch], **settings).fit(model, torch.utils.data.DataLoader(x, batch_size=batch))
     return watch.seen
@@ -69,7 +69,7 @@ def sae(**settings: Any) -> Any:
 
 
 def rescaled(model: Any, c: Tensor) -> Any:
-    """The model with c d_i and f_i / c."""
+    """The model with directions c d_i and activations f_i / c."""
     with torch.no_grad():
         model.decoder.W_NX *= c[:, None]
         model.encoder.weight /= c[:, None]
@@ -103,7 +103,7 @@ def test_directions_keep_unit_norm_without_radial_gradient(name: str, digits: An
     assert len(along) == len(watch.seen) == 8
     assert max(along) < 1e-5
     assert max(watch.seen) < 1e-6
-    assert max(off) > 1e-5  # a step leaves the sphere: a norm that is set before it is lost
+    assert max(off) > 1e-5  # the optimizer step leaves the unit sphere, so norms are set after it
 
 
 @pytest.mark.parametrize(("name", "steps", "term"), [
@@ -160,5 +160,5 @@ def test_bias_can_start_at_geometric_median(name: str, quiet: Any) -> None:
     model = create(name, input_shape=(3, 5), latent_dim=8, data_init=True, lr=1e-30, **extra)
     trained(model, x, quiet, lambda m, terms: 0, batch=40)
     y, m = (x[:, [2, 0]] if extra else x).flatten(1).double(), model.decoder.b_X.detach().double()
-    pull = F.normalize(y - m, dim=1).sum(0)  # of unit forces towards all samples
+    pull = F.normalize(y - m, dim=1).sum(0)  # sum of the unit vectors from m to all samples
     assert pull.norm() < 1e-3 < F.normalize(y - y.mean(0), dim=1).sum(0).norm()

@@ -1,4 +1,4 @@
-"""Laws of the sparse models: neutral limits, Bernoulli divergence, top-k, AuxK's gradient, unit norm, dead latents."""
+"""Laws of the sparse models: special cases, Bernoulli divergence, top-k, AuxK's gradient, unit norm, dead latents."""
 
 import math
 from typing import Any

@@ -59,7 +59,7 @@ def test_code_keeps_k_largest_magnitudes_with_gradients(k: int, decode: str, shi
 
 
 def test_negated_sample_has_negated_code(shifted: Any) -> None:
-    """About b_pre and without b_enc; TopK gives it other latents."""
+    """With respect to b_pre and without b_enc; TopK selects other latents."""
     for name, odd in (("abs_topk_sae", True), ("topk_sae", False)):
         model, x = shifted(build(name)), data(9) * 4 - 2
         with torch.no_grad():
@@ -74,7 +74,7 @@ def test_negated_sample_has_negated_code(shifted: Any) -> None:
 
 
 def best_sum(x: Tensor, V: Tensor, k: int, lowest: float) -> Tensor:
-    """||x - x_hat||^2 of the best sum of k of the directions, least squares for all choices of k."""
+    """||x - x_hat||^2 of the best combination of k directions, by least squares over all choices of k."""
     found = []
     for row in x.numpy():
         errors = []
@@ -86,7 +86,7 @@ def best_sum(x: Tensor, V: Tensor, k: int, lowest: float) -> Tensor:
 
 
 def test_orthonormal_topk_is_best_k_term_approximation() -> None:
-    """TopK is the best with coefficients of at least 0, and no better than that."""
+    """TopK is the best only among those with non-negative coefficients."""
     x, errors = torch.randn(4, 8, dtype=torch.float64) * 2, {}
     V = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q[:6]
     for name, lowest in (("abs_topk_sae", -np.inf), ("topk_sae", 0)):
@@ -125,7 +125,7 @@ def test_positive_pre_activations_equal_topk(decode: str, aux_scale: str, shifte
 @pytest.mark.parametrize("k_aux", [1, 2, 3, 6])
 def test_auxk_uses_dead_latents_of_both_signs_only(k_aux: int, shifted: Any) -> None:
     model, x = shifted(build("abs_topk_sae", dead_after=100, k_aux=k_aux, aux_weight=0.5)), data(5)
-    with torch.no_grad():  # live ones outrank them
+    with torch.no_grad():  # live latents have larger pre-activations
         model.encoder.bias += 20 * torch.tensor([1.0, -1.0]).repeat(6)
         model.encoder.bias[DEAD] /= 4
     model.since_fired_N[DEAD] = 100
@@ -169,7 +169,7 @@ def test_data_init_scales_encoder_for_signed_sums(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_both_signs_of_direction_are_one_latent() -> None:
-    """Known directions with coefficients of both signs, as many latents as directions: TopK has too few."""
+    """Known directions with coefficients of both signs, and as many latents: TopK would need twice as many."""
     truth = F.normalize(torch.randn(8, 24), dim=1)
     signs = torch.where(torch.rand(4000, 8) < 0.5, -1.0, 1.0)
     x = (torch.rand(4000, 8) + 0.5) * signs * (torch.rand(4000, 8) < 0.25) @ truth

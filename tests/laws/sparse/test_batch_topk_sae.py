@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def test_auxk_of_no_dead_latents_is_not_computed(shifted: Any, monkeypatch: Any) -> None:
-    """On a CPU, where to ask for them costs nothing."""
+    """On a CPU, where the check for dead latents needs no synchronisation."""
     model, x, asked = with_dead_latents("batch_topk_sae", shifted), data(6), []
     sum_of_directions = model.decoder.sum_of_directions
     monkeypatch.setattr(
@@ -66,8 +66,8 @@ def test_training_selects_top_latents_over_batch(n: int, shifted: Any) -> None:
         assert (f > 0).sum(1).unique().numel() > 1
 
 
-def test_of_equal_pre_activations_no_more_than_k_n_are_taken() -> None:
-    """In bf16 many are equal: a cut by value would take all of them."""
+def test_ties_select_at_most_k_latents_per_sample() -> None:
+    """Many values are equal in bf16: a threshold would select all of them."""
     model = build("batch_topk_sae")
     pi = torch.ones(4, 12).bfloat16() + torch.rand(4, 12).bfloat16() / 64
     f = model.top_of_batch(pi, 3)
@@ -82,9 +82,9 @@ def test_negative_pre_activations_are_never_taken(shifted: Any) -> None:
     f = model.top_of_batch(pi, 12)
     assert torch.equal(f, pi.relu())
     assert 0 < (f > 0).sum() < f.numel()
-    assert model.theta.value > 0  # the least positive one
+    assert model.theta.value > 0  # the smallest positive selected activation
     before = model.theta.value.clone(), model.theta.steps.clone()
-    model.top_of_batch(-pi.abs(), 12)  # none at all: nothing to average
+    model.top_of_batch(-pi.abs(), 12)  # no latent is active: there is no activation to average
     assert (model.theta.value, model.theta.steps) == before
 
 
@@ -107,7 +107,7 @@ def test_threshold_is_mean_of_least_activations(shifted: Any) -> None:
         pi = model.pre_activations(x).detach().numpy()
         least.append(np.sort(pi.ravel())[-3 * n])
         model.train().loss(x)
-        model.eval().loss(data(4))  # evaluation moves nothing
+        model.eval().loss(data(4))  # not updated in evaluation
     expected = np.mean(least[:4])
     for value in least[4:]:
         expected = 0.75 * expected + 0.25 * value
@@ -116,7 +116,7 @@ def test_threshold_is_mean_of_least_activations(shifted: Any) -> None:
 
 
 def test_bf16_model_keeps_float32_threshold() -> None:
-    """SAELens PR #728: in bf16 a mean near 1 stands still, since 1 + 1/1000 is 1."""
+    """SAELens PR #728: a running mean near 1 does not change in bf16, since 1 + 1/1000 rounds to 1."""
     mean, rival = RunningMean(0.999), torch.ones((), dtype=torch.bfloat16)
     mean.update(torch.ones(()))
     mean.bfloat16()
@@ -131,10 +131,10 @@ def test_bf16_model_keeps_float32_threshold() -> None:
     assert model.to(torch.float16).theta.steps.dtype == torch.long
 
 
-def test_evaluation_codes_ignore_batch_mates(shifted: Any) -> None:
+def test_code_does_not_depend_on_rest_of_batch(shifted: Any) -> None:
     model, x = positive("batch_topk_sae", shifted), data(6)
     model.theta.value.fill_(2.5)
-    for training in (True, False):  # a callback may ask for codes in training, of one rank only
+    for training in (True, False):  # a callback may encode in training mode on one rank only
         found = model.train(training).encode(x)
         pi = model.pre_activations(x)
         assert torch.equal(found, pi * (pi >= 2.5))
@@ -160,5 +160,5 @@ def test_the_threshold_reproduces_the_number_of_active_latents() -> None:
         model.decoder.normalise()
     l0 = (model.eval().encode(x) > 0).sum(1).double().mean()
     assert l0.item() == pytest.approx(3, rel=0.15)
-    model.theta.value.zero_()  # every positive latent
+    model.theta.value.zero_()  # every positive latent is active
     assert (model.encode(x) > 0).sum(1).double().mean() > 2 * l0

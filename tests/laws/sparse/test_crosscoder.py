@@ -57,7 +57,7 @@ def test_encoder_sums_streams_with_own_decoders_and_costs(shifted: Any) -> None:
     assert_same(gradients(terms["loss"], model), gradients(sse + 0.4 * cost, model))
     assert model.norms().shape == (12, 3)
     torch.testing.assert_close(model.norms(), D.norm(dim=2))
-    assert gap((f * D.flatten(1).norm(dim=1)).sum(1).mean(), cost) > 0.1  # the norm of all streams together
+    assert gap((f * D.flatten(1).norm(dim=1)).sum(1).mean(), cost) > 0.1  # not the norm of all streams together
 
 
 def test_crosscoder_loss_is_invariant_to_latent_scale(shifted: Any) -> None:

@@ -70,7 +70,7 @@ def test_each_gated_term_trains_its_own_parameters(shifted: Any) -> None:
     ):  # fmt: skip
         found = gradients(terms[term], model)
         assert {name for name, g in found.items() if g.any()} == moved, term
-    # b of the decoder is frozen, b of the encoder is not
+    # the decoder's bias is detached, the encoder's is not
     found, thawed = (gradients(aux, model)["decoder.b_X"] for aux in (
         terms["aux"], gated_by_hand(model, x, frozen=False)["aux"],
     ))  # fmt: skip
@@ -92,11 +92,11 @@ def test_equal_gates_and_magnitudes_equal_relu_sae(shifted: Any) -> None:
     with torch.no_grad():
         model.r_N.fill_(math.log(2))
         model.b_mag_N.mul_(2)
-    torch.testing.assert_close(model.encode(x), 2 * relu.encode(x))  # exp(r), not r or 1 + r
+    torch.testing.assert_close(model.encode(x), 2 * relu.encode(x))  # r is used as exp(r), not as r or 1 + r
 
 
 def test_gated_sae_avoids_l1_shrinkage(lbfgs: Any) -> None:
-    """One direction, of which every sample has at least 1: the L1 code is lam / 2 short, the gated one is not."""
+    """One direction with coefficients of at least 1: the L1 code is too small by lam / 2, the gated code is exact."""
     d = F.normalize(torch.randn(6, dtype=torch.float64), dim=0)
     a = torch.linspace(1, 3, 40, dtype=torch.float64)[:, None]
     share = {}

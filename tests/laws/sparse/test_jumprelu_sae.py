@@ -34,7 +34,7 @@ pytestmark = [
 
 
 def jump(shifted: Any, **settings: Any) -> Any:
-    """Thresholds of all sizes, and a rectangle that some pre-activations are in."""
+    """Thresholds of different sizes, and a bandwidth that includes some pre-activations."""
     model = shifted(build("jumprelu_sae", **{"latent_dim": 12, "bandwidth": 0.5, "l0_weight": 0.3, **settings}))
     with torch.no_grad():
         model.theta_N.abs_()
@@ -52,8 +52,8 @@ def test_jumprelu_passes_values_above_threshold(shifted: Any) -> None:
     torch.testing.assert_close(terms["l0"], (f > 0).sum(1).double().mean())
     torch.testing.assert_close(terms["nll"], model.score(x).mean())
     torch.testing.assert_close(terms["loss"], terms["nll"] + 0.3 * terms["l0"])
-    assert ((pi > 0) & (pi < model.theta_N)).any()  # what a ReLU would let pass
-    assert gap(f, (pi - model.theta_N).clamp(min=0)) > 0.1  # no soft threshold, which shrinks
+    assert ((pi > 0) & (pi < model.theta_N)).any()  # values that a ReLU passes and JumpReLU does not
+    assert gap(f, (pi - model.theta_N).clamp(min=0)) > 0.1  # not a soft threshold, which shrinks the code
 
 
 def test_zero_thresholds_equal_relu_sae(shifted: Any) -> None:
@@ -64,7 +64,7 @@ def test_zero_thresholds_equal_relu_sae(shifted: Any) -> None:
     relu.load_state_dict({name: value for name, value in model.state_dict().items() if name != "theta_N"})
     torch.testing.assert_close(model.encode(x), relu.encode(x))
     found, expected = gradients(model.loss(x)["loss"], model), gradients(relu.loss(x)["loss"], relu)
-    assert (found.pop("theta_N") == 0).all()  # -theta / eps K
+    assert (found.pop("theta_N") == 0).all()  # the gradient is -theta / eps K(...), which is 0 for theta = 0
     assert_same(found, expected)
 
 
@@ -90,7 +90,7 @@ def test_threshold_gradient_is_rectangle_kernel(bandwidth: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("theta", [0.01, 0.5, 1.5])
 def test_mean_l0_gradient_is_minus_threshold_density(theta: float) -> None:
-    """Read after a ReLU, or from f, the rectangle has another half: rivals' slopes are halved or far too steep."""
+    """With pre-activations after a ReLU or a JumpReLU, the kernel is cut off and the gradient is wrong."""
     eps, n = 0.05, 1_000_000
     model = build("jumprelu_sae", latent_dim=1, bandwidth=eps, threshold=theta)
     pi = torch.randn(n, 1, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_mean_l0_gradient_is_minus_threshold_density(theta: float) -> None:
     assert exact == pytest.approx(density, rel=1e-3)
     error = 5 * (density / eps / n) ** 0.5
     assert slope(model.step(pi)) == pytest.approx(-density, abs=error)
-    # d/dtheta of the mean of pi H(pi - theta), which is the integral of u p(u) from theta on
+    # the mean of pi H(pi - theta) is the integral of u p(u) from theta
     assert slope(model.jump(pi)) == pytest.approx(-theta * density, abs=error * max(theta, 0.01))
     halved = slope(model.step(model.jump(pi).detach()))  # dictionary_learning #55
     after_relu = slope(model.step(pi.relu()))
@@ -117,7 +117,7 @@ def test_l0_trains_thresholds_only(shifted: Any) -> None:
     found = gradients(terms["l0"], model)
     pi, theta = model.pre_activations(x).detach(), model.theta_N.detach()
     near = (pi - theta).abs() < 0.25
-    assert (near & (pi < theta)).any()  # those that do not fire count as well: not so in dictionary_learning #55
+    assert (near & (pi < theta)).any()  # the kernel includes inactive latents, unlike dictionary_learning #55
     torch.testing.assert_close(found.pop("theta_N"), -near.double().mean(0) / 0.5)
     assert all((g == 0).all() for g in found.values())
     whole, fit = gradients(terms["loss"], model), gradients(terms["nll"], model)
@@ -131,7 +131,7 @@ def test_l0_target_is_approached_by_mean_over_ranks(shifted: Any) -> None:
     torch.testing.assert_close(together.terms["loss"], one["loss"])
     for a, b in zip(together.gradients(), gradients(one["loss"], model).values(), strict=True):
         torch.testing.assert_close(a, b)
-    assert gap(apart.terms["loss"], one["loss"]) > 1e-6  # a mean of squares is not the square of a mean
+    assert gap(apart.terms["loss"], one["loss"]) > 1e-6  # mean of squares, not square of the mean
     slopes = []
     for target in (0.5, 11.0):
         model.target_l0 = target
@@ -151,7 +151,7 @@ def test_thresholds_move_under_adam(digits: Any) -> None:
         model.theta_N.grad, log_theta.grad = slope, slope * log_theta.detach().exp()
         optimizer.step()
     assert model.theta_N.mean() > 0.02
-    assert (log_theta.exp() < 0.0015).all()  # SAELens #494
+    assert (log_theta.exp() < 0.0015).all()  # SAELens #494: log(theta) hardly moves
 
 
 def test_half_precision_model_keeps_float32_thresholds() -> None:
@@ -160,7 +160,7 @@ def test_half_precision_model_keeps_float32_thresholds() -> None:
     assert (model.theta_N == torch.tensor(0.0123)).all()
     assert {p.dtype for name, p in model.named_parameters() if name != "theta_N"} == {torch.bfloat16}
     lost = torch.full((5,), 0.0123, dtype=torch.bfloat16)
-    assert torch.equal(lost + 1e-5, lost)  # SAELens #728: steps of this size come to nothing
+    assert torch.equal(lost + 1e-5, lost)  # SAELens #728: small steps are lost in bf16
     assert model.double().theta_N.dtype == torch.float64
 
 

@@ -34,7 +34,7 @@ def test_k_largest_signed_units_are_kept(k: int, shifted: Any) -> None:
     np.testing.assert_allclose(found.detach().numpy(), kept, atol=1e-12)
     assert ((found != 0).sum(1) == k).all()
     assert model.loss(x)["l0"] == k
-    # neither a ReLU nor the largest absolute values: z is linear on its support
+    # z is kept with its sign, without ReLU or absolute values
     assert (kept < 0).any() or k < 5
     by_size = np.argsort(-np.abs(z), axis=1)[:, :k]
     assert k == 12 or (np.sort(by_size) != np.sort(support)).any()
@@ -55,11 +55,11 @@ def test_all_units_equal_tied_linear_autoencoder(shifted: Any) -> None:
     down, up = torch.autograd.grad(expected, (linear.encoder[1].weight, linear.decoder[0].weight))
     (tied,) = torch.autograd.grad(found, model.encoder.weight)
     torch.testing.assert_close(tied, down + up.T)
-    assert gap(tied, down) > 1e-2  # as if the decoder did not train it
+    assert gap(tied, down) > 1e-2  # the decoder also contributes to the gradient of tied weights
     assert sum(p.numel() for p in model.parameters()) == 12 * 24 + 12 + 24
 
 
-def test_units_out_of_the_support_get_no_gradient(shifted: Any) -> None:
+def test_unselected_units_get_no_gradient(shifted: Any) -> None:
     model, x = shifted(build("k_sparse", latent_dim=12, k=2, start_k=9, k_steps=10)), data(2)
     for steps, mode in ((10, True), (0, False)):
         model.train(mode).steps.fill_(steps)
@@ -73,7 +73,7 @@ def test_units_out_of_the_support_get_no_gradient(shifted: Any) -> None:
 def test_k_falls_linearly_and_evaluation_uses_the_last(shifted: Any, quiet: Any) -> None:
     model, x = shifted(build("k_sparse", latent_dim=12, k=3, start_k=11, k_steps=6)).float(), data(250).float()
     seen = trained(model, x, quiet, lambda module, terms: float(terms["l0"]))
-    expected = [11, 10, 8, 7, 6, 4, 3, 3, 3, 3]  # 11 - 8 t / 6, to the nearest whole number
+    expected = [11, 10, 8, 7, 6, 4, 3, 3, 3, 3]  # 11 - 8 t / 6, rounded
     assert seen == expected
     fresh = shifted(build("k_sparse", latent_dim=12, k=3, start_k=11, k_steps=6))
     assert fresh.train().loss(data(5))["l0"] == 11
@@ -82,7 +82,7 @@ def test_k_falls_linearly_and_evaluation_uses_the_last(shifted: Any, quiet: Any)
 
 
 @pytest.mark.parametrize(("alpha", "kept"), [(1.0, 5), (1.3, 6), (2.4, 12), (0.01, 1)])
-def test_codes_take_alpha_k_units_and_the_loss_k(alpha: float, kept: int, shifted: Any) -> None:
+def test_codes_keep_alpha_k_units_and_the_loss_keeps_k(alpha: float, kept: int, shifted: Any) -> None:
     model, x = shifted(build("k_sparse", latent_dim=12, k=5, alpha=alpha)), data(7)
     for mode in (True, False):
         model.train(mode)

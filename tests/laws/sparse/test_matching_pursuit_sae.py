@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def pursuit(model: Any, x: Tensor, k: int) -> tuple[Tensor, list[Tensor]]:
-    """The code and the residuals, sample by sample and with the gradient of the written formula."""
+    """The code and residuals of each sample by the formula, with gradients."""
     W, codes, residuals = model.decoder.W_NX, [], []
     for row in x.flatten(1):
         r, code, rest = row - model.decoder.b_X, torch.zeros(len(W), dtype=x.dtype), []
@@ -54,7 +54,7 @@ def test_code_matches_reference_pursuit_with_gradients(k: int, shifted: Any) -> 
     assert ((model.encode(x) > 0).sum(1) <= k).all()
     assert terms["l0"] == (code > 0).sum(1).float().mean()
     if k == 12:
-        assert terms["l0"] < 12  # some were taken again, and add up
+        assert terms["l0"] < 12  # some directions were chosen more than once, and their coefficients are added
 
 
 def test_residual_shrinks_each_step_and_is_error(shifted: Any) -> None:
@@ -69,7 +69,7 @@ def test_residual_shrinks_each_step_and_is_error(shifted: Any) -> None:
         lengths.append(rest.norm(dim=1))
     assert all((b <= a + 1e-12).all() for a, b in pairwise(lengths))
     assert (lengths[-1] < lengths[0]).all()
-    with torch.no_grad():  # what a dictionary without unit norm does
+    with torch.no_grad():  # without unit norm the residual may grow
         model.decoder.W_NX *= 1.6
     model.k = 1
     first = (x - model(x)).flatten(1).norm(dim=1)

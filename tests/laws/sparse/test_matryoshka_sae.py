@@ -35,7 +35,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("training", [True, False])
 def test_without_fractions_matryoshka_is_batch_topk(training: bool, shifted: Any) -> None:
-    """Its error is then the mean of BatchTopK's and that of the bias only."""
+    """The loss is then the mean of BatchTopK's and that of the bias alone."""
     x, found = data(6), []
     for name, extra in (("batch_topk_sae", {}), ("matryoshka_sae", {"fractions": ()})):
         torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_without_fractions_matryoshka_is_batch_topk(training: bool, shifted: Any
 
 
 def test_loss_is_mean_error_of_all_prefixes_and_none(shifted: Any) -> None:
-    """As in the authors' `get_loss_dict`, with AuxK beside the mean."""
+    """As in the authors' `get_loss_dict`, with AuxK added to the mean."""
     model, x = with_dead_latents("matryoshka_sae", shifted, fractions=(0.25, 0.5), k=6, aux_weight=0.5), data(6)
     assert model.prefixes == [3, 6, 12]
     f = model.top_of_batch(model.pre_activations(x), 6)
@@ -71,7 +71,7 @@ def test_loss_is_mean_error_of_all_prefixes_and_none(shifted: Any) -> None:
 
 
 def test_prefix_loss_ignores_later_directions(shifted: Any) -> None:
-    """By the decoder's rows: later pre-activations do compete for the k."""
+    """With respect to the decoder's rows: later pre-activations do compete for the k."""
     model, x = positive("matryoshka_sae", shifted, fractions=(0.5,), k=6), data(6)
     before = model.loss(x)
     (gradient,) = torch.autograd.grad(before["prefix_nll"], model.decoder.W_NX)

@@ -44,7 +44,7 @@ def of_sklearn(model: Any, x: Tensor) -> Tensor:
 
 
 def by_least_squares(model: Any, x: Tensor) -> Tensor:
-    """The code of the latents that scikit-learn has chosen, by LAPACK, live in all parameters."""
+    """Differentiable least-squares coefficients of the latents chosen by scikit-learn."""
     W, left, codes = model.decoder.W_NX, x.flatten(1) - model.decoder.b_X, []
     for row, chosen in zip(left, of_sklearn(model, x).bool(), strict=True):
         c = torch.linalg.lstsq(W[chosen].T, row[:, None]).solution[:, 0]

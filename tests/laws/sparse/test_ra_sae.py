@@ -34,14 +34,14 @@ pytestmark = [
 
 
 def started(x: Tensor, **settings: Any) -> Any:
-    """A model that its first batch has started, in training."""
+    """A model in training mode, initialised from its first batch."""
     model = create("ra_sae", input_shape=tuple(x.shape[1:]), **(SMALL | settings)).to(x.dtype).train()
     model.begin_step(x, 0)
     return model
 
 
 def away(model: Any, shares: bool = True) -> Any:
-    """Off the start, and within the bounds."""
+    """Add random offsets to the initial weights, within the constraints."""
     with torch.no_grad():
         model.encoder.weight += 0.1 * torch.randn_like(model.encoder.weight)
         model.encoder.bias += 0.4 * torch.randn_like(model.encoder.bias)
@@ -52,10 +52,10 @@ def away(model: Any, shares: bool = True) -> Any:
     return model
 
 
-def off_the_hull(d: Tensor, points: Tensor) -> float:
-    """The distance of a direction from the convex hull of points: a quadratic programme, by non-negative squares.
+def distance_from_hull(d: Tensor, points: Tensor) -> float:
+    """The distance of a direction from the convex hull of points, by non-negative least squares.
 
-    Weights of any sum are brought near 1 by an equation of great weight.
+    An equation of large weight makes the shares sum to 1.
     """
     A, target = points.double().numpy().T, d.double().numpy()
     heavy = 1e4 * max(1.0, float(np.abs(A).max()))
@@ -79,16 +79,16 @@ def test_directions_stay_within_delta_of_convex_hull(delta: float, digits: Tenso
     assert torch.equal(A, x[:30].flatten(1))
     assert (W >= 0).all()
     torch.testing.assert_close(W.sum(1), torch.ones(40))
-    assert ((W > 1e-4).sum(1) > 2).any()  # mixtures
+    assert ((W > 1e-4).sum(1) > 2).any()  # mixtures of several points
     assert Lambda.norm(dim=1).max() <= delta * (1 + 1e-6)
-    off = [off_the_hull(d, A) for d in decoder.directions().detach()[::4]]
+    off = [distance_from_hull(d, A) for d in decoder.directions().detach()[::4]]
     assert max(off) <= delta + 1e-3
     assert delta == 0 or max(off) > delta / 2
     free = fit(create("topk_sae", (1, 8, 8), latent_dim=40, k=4, lr=1e-2), x, quiet, 1).decoder.W_NX.detach()
-    assert min(off_the_hull(d, A) for d in free[::8]) > 0.5
+    assert min(distance_from_hull(d, A) for d in free[::8]) > 0.5
 
 
-def test_directions_start_at_the_points_and_in_the_middle_of_two() -> None:
+def test_initial_directions_are_points_and_midpoints() -> None:
     x = data(9)
     flat, model = x.flatten(1), started(x, latent_dim=14, n_points=5)
     D = model.decoder.directions()
@@ -96,8 +96,8 @@ def test_directions_start_at_the_points_and_in_the_middle_of_two() -> None:
     torch.testing.assert_close(D[:5], flat[:5])
     middles = [(flat[i % 5] + flat[(i + i // 5) % 5]) / 2 for i in range(5, 14)]
     torch.testing.assert_close(D[5:], torch.stack(middles))
-    assert torch.cdist(D, D).add(torch.eye(14)).min() > 1e-3  # no two alike
-    few = started(x[:3], latent_dim=6, n_points=5)  # a batch of fewer samples: their hull
+    assert torch.cdist(D, D).add(torch.eye(14)).min() > 1e-3  # all directions differ
+    few = started(x[:3], latent_dim=6, n_points=5)  # fewer samples than points
     torch.testing.assert_close(few.decoder.points_PX, flat[[0, 1, 2, 0, 1]])
     D = few.decoder.directions()
     torch.testing.assert_close(D, torch.cat([flat[:3], (flat[:3] + flat[[1, 2, 0]]) / 2]))
@@ -175,14 +175,14 @@ def test_equals_topk_without_biases_on_its_dictionary() -> None:
     torch.testing.assert_close(model(x), plain(x))
     terms, others = model.loss(x), plain.loss(x)
     torch.testing.assert_close(terms, others)
-    # of a direction's gradient Lambda has all, and each share what lies along its point
+    # Lambda has the gradient g of the directions, and the shares its projections on the points
     (g,) = torch.autograd.grad(others["loss"], plain.decoder.W_NX)
     shares, slack = torch.autograd.grad(terms["loss"], (model.decoder.shares_NP, model.decoder.lambda_NX))
     torch.testing.assert_close(slack, g)
     torch.testing.assert_close(shares, g @ model.decoder.points_PX.T)
 
 
-def test_gradients_reach_shares_and_lambda_and_the_points_stay(digits: Tensor, quiet: Any) -> None:
+def test_training_updates_shares_and_lambda_not_points(digits: Tensor, quiet: Any) -> None:
     x = digits[:150].float()
     model = create("ra_sae", (1, 8, 8), latent_dim=40, k=4, n_points=30, lr=1e-2)
     assert {name for name, _ in model.named_parameters()} == {
@@ -192,7 +192,7 @@ def test_gradients_reach_shares_and_lambda_and_the_points_stay(digits: Tensor, q
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fit(model, x, quiet, 1)
     after = model.state_dict()
-    assert torch.equal(after["decoder.points_PX"], before["decoder.points_PX"])  # a batch starts it once
+    assert torch.equal(after["decoder.points_PX"], before["decoder.points_PX"])  # initialised only once
     for name in ("encoder.weight", "encoder.bias", "decoder.shares_NP", "decoder.lambda_NX"):
         assert (after[name] - before[name]).abs().max() > 1e-3, name
 
@@ -223,7 +223,7 @@ def test_radial_gradient_is_kept() -> None:
 
 @pytest.mark.slow
 def test_directions_are_more_stable_than_topk(digits: Tensor, quiet: Any) -> None:
-    """What the paper is for: the least distance from a direction of one to those of the other is small."""
+    """The main claim of the paper: two trainings find similar directions."""
     x, alike = digits[:400].float(), {}
     for name, extra in (("ra_sae", {"n_points": 50}), ("topk_sae", {})):
         found = []

@@ -88,8 +88,8 @@ def test_april_loss_is_invariant_to_latent_scale(shifted: Any) -> None:
     after = rescaled(model, c).loss(x)
     for term in before:
         torch.testing.assert_close(after[term], before[term])
-    assert gap(model.encode(x).sum(1).mean(), plain) > 0.1  # what a plain sum of f would see
-    # so the slope along each latent's scale is 0
+    assert gap(model.encode(x).sum(1).mean(), plain) > 0.1  # the sum of f itself does change
+    # so the gradient along each latent's scale is 0
     slopes = gradients(model.loss(x)["loss"], model)
     along = (slopes["decoder.W_NX"] * model.decoder.W_NX).sum(1)
     along -= (slopes["encoder.weight"] * model.encoder.weight).sum(1) + slopes["encoder.bias"] * model.encoder.bias
@@ -120,7 +120,7 @@ DEAD = torch.tensor([2, 5, 7])
 
 
 def with_dead(model: Any, x: Tensor) -> tuple[Any, Any]:
-    """The model after two steps of Adam, three of its latents dead."""
+    """The model after two steps of Adam, with three dead latents."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -156,13 +156,13 @@ def test_resampled_latents_have_a_fifth_of_the_norm(form: str, shifted: Any) -> 
     centred = F.normalize(x.flatten(1) - model.decoder.b_X, dim=1)
     torch.testing.assert_close(D[DEAD], D[DEAD].norm(dim=1, keepdim=True) * centred[rows])
     held = [p.detach().clone() for p in model.parameters()]
-    model.resample(x, optimizer, seed=4)  # nothing is dead now
+    model.resample(x, optimizer, seed=4)  # no latent is dead now
     assert all(torch.equal(a, b) for a, b in zip(held, model.parameters(), strict=True))
 
 
 @pytest.mark.slow
 def test_samples_are_drawn_by_the_square_of_their_error(shifted: Any) -> None:
-    """A rival draws by the error itself: then one sample would be taken half as often as it is here."""
+    """Sampling by the error itself fails the chi-square test."""
     model, optimizer = with_dead(shifted(sae()), data(30))
     x = data(4) * torch.tensor([0.5, 1.0, 1.5, 2.0]).view(4, 1, 1, 1)
     sse = (model(x) - x).flatten(1).square().sum(1).detach()
@@ -171,19 +171,19 @@ def test_samples_are_drawn_by_the_square_of_their_error(shifted: Any) -> None:
     for seed in range(700):
         model.since_fired_N[DEAD] = model.dead_after
         model.resample(x, optimizer, seed)
-        # the live latents stay, and so do the errors, where the new ones are silent
+        # errors stay the same: live latents do not change and resampled ones are set inactive
         rows = (F.normalize(model.encoder.weight[DEAD], dim=1) @ seen.T).argmax(1)
         drawn += torch.bincount(rows, minlength=4)
         with torch.no_grad():
             model.encoder.bias[DEAD] = -100
     squared, plain = (share / share.sum() for share in (sse**2, sse))
     chi2 = [float(((drawn - 2100 * share) ** 2 / (2100 * share)).sum()) for share in (squared, plain)]
-    assert chi2[0] < 16.3 < chi2[1]  # three degrees of freedom, 0.1 %
+    assert chi2[0] < 16.3 < chi2[1]  # 0.1 % critical value with three degrees of freedom
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
 def test_resampling_ignores_non_finite_samples(value: float, shifted: Any) -> None:
-    """The fault guard would skip the step, but not bring back the weights."""
+    """The fault guard would skip the step but not restore the weights."""
     for seed in range(4):
         model, optimizer = with_dead(shifted(sae()), data(30))
         x = data(3)

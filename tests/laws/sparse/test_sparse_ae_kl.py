@@ -73,7 +73,7 @@ def test_sparsity_gradient_matches_finite_differences(shifted: Any) -> None:
 
 @pytest.mark.parametrize("logit", [-60.0, -20.0, -3.0, 3.0, 12.0])
 def test_saturated_unit_keeps_kl_gradient(logit: float) -> None:
-    """With equal activations the gradient in the pre-activation is rhohat - rho, however small rhohat is."""
+    """With equal activations the gradient of the pre-activation is rhohat - rho, however small rhohat is."""
     model = aezoo.create_model("sparse_ae_kl", input_shape=SHAPE, rho=0.2, latent_dim=3)
     pre = torch.full((3,), logit, requires_grad=True)
     (slope,) = torch.autograd.grad(model.sparsity(pre.sigmoid()), pre)
@@ -93,7 +93,7 @@ def of_ng(model: Any, x: Tensor, rho: float, beta: float, decay: float) -> Tenso
 
 
 def test_squared_error_is_twice_published_objective(shifted: Any) -> None:
-    """And the defaults are the notes' beta = 3 and lambda = 1e-4."""
+    """The defaults are the notes' beta = 3 and lambda = 1e-4."""
     model, x = shifted(build("sparse_ae_kl", likelihood="gaussian", latent_dim=9)), data(6)
     constant = 12 * math.log(math.pi)
     found, expected = model.loss(x)["loss"], constant + 2 * of_ng(model, x, 0.05, 3, 1e-4)
@@ -120,13 +120,13 @@ def test_weights_decay_and_biases_do_not(net: str, shifted: Any) -> None:
 
 @pytest.mark.parametrize("l2", [0.0, 1e-4])
 def test_weight_decay_prevents_evading_divergence(l2: float, shifted: Any) -> None:
-    """Units at rho + eps (h - mean of h) and the decoder over eps: no divergence, nearly the same reconstruction."""
+    """Units scaled to rho + eps (h - mean of h), and a decoder divided by eps, have no divergence and a similar nll."""
     model, x = shifted(build("sparse_ae_kl", latent_dim=5, l2=l2)), data(200)
     down, up, eps, rho = model.encoder[1], model.decoder[1], 1e-4, 0.05
     with torch.no_grad():
         before, pre = model.loss(x), down(x.flatten(1))
         h = pre.sigmoid()
-        # a unit is linear over so short a way, with the slope rho (1 - rho)
+        # for small eps a unit is linear, with slope rho (1 - rho)
         shrink = eps * (h * (1 - h)).mean(0) / (rho * (1 - rho))
         up.bias += up.weight @ (h.mean(0) - rho / eps)
         up.weight /= eps

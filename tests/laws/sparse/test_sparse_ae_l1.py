@@ -56,7 +56,7 @@ def test_l1_penalty_is_summed_in_nats_per_sample(shifted: Any) -> None:
 
 
 def test_scaling_code_down_always_lowers_loss(shifted: Any) -> None:
-    """Why unit norms or weight decay are needed, as the docstring says."""
+    """Hence unit norms or weight decay are needed, as the docstring says."""
     model, x = shifted(build("sparse_ae_l1", l1=0.7, latent_dim=9)), data(6)
     found = [model.loss(x)]
     for _ in range(3):

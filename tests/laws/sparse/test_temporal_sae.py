@@ -1,4 +1,4 @@
-"""Laws of the temporal SAE (Lubana et al. 2025): SAELens' codes, causality, TopK without a past, what is predicted."""
+"""Laws of the temporal SAE (Lubana et al. 2025): SAELens' codes, causality, TopK without a past, predicted codes."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ def data(n: int, shape: tuple[int, ...] = (T, D)) -> Tensor:
 
 
 def of_saelens(p: dict[str, Tensor], x: Tensor, heads: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """New and predicted codes and x_hat of sae_lens 6.54's TemporalSAE with tied weights and b_dec, one by one."""
+    """New and predicted codes and x_hat of sae_lens 6.54's TemporalSAE with tied weights and b_dec, in a loop."""
     lam, new, predicted, x_hat = 1 / (4 * x.shape[2]), [], [], []
     for sample in x - p["b"]:
         codes = (lam * sample @ p["W"].T).relu()
@@ -89,7 +89,7 @@ def test_attention_starts_with_rows_of_saelens_norms() -> None:
 
 
 @pytest.mark.parametrize("shape", [(T, D), (2, T, 3), (1, T, 2, 3)])
-def test_a_position_sees_no_later_one_and_sees_earlier_ones(shape: tuple[int, ...], shifted: Any) -> None:
+def test_codes_depend_on_earlier_positions_only(shape: tuple[int, ...], shifted: Any) -> None:
     model, x = shifted(build(shape)), data(4, shape)
     assert positions(x).shape == (4, T, D)
     for t in range(T):
@@ -102,7 +102,7 @@ def test_a_position_sees_no_later_one_and_sees_earlier_ones(shape: tuple[int, ..
 
 
 def test_prediction_uses_past_in_any_order(shifted: Any) -> None:
-    """Attention has no positions: the last one's prediction knows the earlier ones as a set."""
+    """Attention has no position embedding: the last prediction does not depend on the order of earlier positions."""
     model, x = shifted(build()), data(4)
     mixed = torch.cat([x[:, torch.tensor([2, 0, 3, 1])], x[:, 4:]], 1)
     torch.testing.assert_close(model.encode(mixed)[:, :, -1], model.encode(x)[:, :, -1])
@@ -122,7 +122,7 @@ def test_the_first_position_is_predicted_only_by_the_bias(shifted: Any) -> None:
 # ---- without a past --------------------------------------------------------------------------------------------------
 
 
-def twins(model: Any, shape: tuple[int, ...], **settings: Any) -> Any:
+def topk_twin(model: Any, shape: tuple[int, ...], **settings: Any) -> Any:
     """topk_sae with the same encoder and dictionary, and as many dead latents."""
     other = build(shape, "topk_sae", **settings)
     other.load_state_dict({key: value for key, value in model.state_dict().items() if "context" not in key})
@@ -144,7 +144,7 @@ def test_sequence_of_length_one_equals_topk_sae(shape: tuple[int, ...], aux_scal
     with torch.no_grad():
         model.context.out.bias.zero_()
     model, x = with_dead_latents(model), data(9, shape)
-    other = twins(model, shape, **settings)
+    other = topk_twin(model, shape, **settings)
     torch.testing.assert_close(model.encode(x)[:, 0, 0], other.encode(x))
     steps = [torch.optim.Adam(each.parameters(), 1e-2) for each in (model, other)]
     for _ in range(3):
@@ -166,7 +166,7 @@ def test_without_attention_each_position_is_a_sample_of_topk_sae(aux_scale: str,
     with torch.no_grad():
         model.context.out.weight.zero_()
         model.context.out.bias.zero_()
-    other, x = twins(model, (D,), aux_scale=aux_scale).train(), data(7)
+    other, x = topk_twin(model, (D,), aux_scale=aux_scale).train(), data(7)
     found, expected = model.loss(x), other.loss(x.flatten(0, 1))
     for term in expected:
         torch.testing.assert_close(found[term], expected[term] * (T if term in ("loss", "nll", "aux") else 1))
@@ -177,7 +177,7 @@ def test_without_attention_each_position_is_a_sample_of_topk_sae(aux_scale: str,
         torch.testing.assert_close(of_one, T * torch.autograd.grad(expected["loss"], p, retain_graph=True)[0])
 
 
-# ---- what is predicted and what is new -------------------------------------------------------------------------------
+# ---- predicted and new codes -----------------------------------------------------------------------------------------
 
 
 def test_prediction_is_projection_onto_one_direction(shifted: Any) -> None:
@@ -186,9 +186,9 @@ def test_prediction_is_projection_onto_one_direction(shifted: Any) -> None:
     left = x - model.decoder.b_X - taken
     lengths = taken.norm(dim=2)
     assert (lengths > 1e-3).all()
-    assert ((left * taken).sum(2) / lengths).abs().max() < 1e-4  # but for the 1e-6 that is added to a norm
+    assert ((left * taken).sum(2) / lengths).abs().max() < 1e-4  # not exactly 0, because 1e-6 is added to a norm
     assert (left.norm(dim=2) <= (x - model.decoder.b_X).norm(dim=2)).all()
-    # its length is chosen by the position, not by attention
+    # the length does not depend on the attention output
     with torch.no_grad():
         model.context.out.weight *= 7
         model.context.out.bias *= 7
@@ -196,10 +196,10 @@ def test_prediction_is_projection_onto_one_direction(shifted: Any) -> None:
 
 
 def test_gradient_is_the_slope_of_the_loss(shifted: Any) -> None:
-    """Nothing is held fixed but the choice of the k largest: neither the direction that the past predicts nor c."""
+    """Only the choice of the k largest is treated as constant: the predicted direction and c are differentiated."""
     model, x, h = shifted(build()), data(6) * 3, 1e-6
     model.loss(x)["loss"].backward()
-    assert model.loss(x)["aux"] == 0  # whose residual is held fixed
+    assert model.loss(x)["aux"] == 0  # aux has a detached residual
     for name, p in model.named_parameters():
         step, slopes = torch.randn_like(p), []
         for sign in (1, -1):
@@ -257,7 +257,7 @@ def test_positions_follow_rows_or_axis_after_channels(shape: tuple[int, ...], t:
 
 @pytest.mark.slow
 def test_constant_part_is_predicted_without_latents() -> None:
-    """Sequences of a dense constant and of a new atom at each position: TopK has no latent left for the constant."""
+    """Sequences of a dense constant plus one new atom per position: with k = 1, TopK cannot represent both."""
     torch.manual_seed(0)
     atoms = torch.nn.functional.normalize(torch.randn(8, D), dim=1)
     constant = torch.randn(50, 1, D)

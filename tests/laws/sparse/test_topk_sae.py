@@ -83,7 +83,7 @@ def test_all_positive_kept_latents_give_linear_map(shifted: Any) -> None:
     terms = model.loss(x)
     sse = ((model(x) - x) ** 2).flatten(1).sum(1).mean()
     torch.testing.assert_close(terms["nll"], sse + 12 * math.log(math.pi))
-    assert torch.equal(terms["loss"], terms["nll"])  # nothing is dead
+    assert torch.equal(terms["loss"], terms["nll"])  # no latent is dead
 
 
 def test_inactive_latents_get_no_gradient_without_auxk(shifted: Any) -> None:
@@ -100,7 +100,7 @@ DEAD = torch.tensor([2, 5, 7])
 
 
 def with_dead_latents(shifted: Any, **settings: Any) -> Any:
-    """Live latents outrank the dead ones, whose pre-activations are positive none the less."""
+    """A model whose live latents have larger pre-activations than its dead ones, which are positive."""
     model = shifted(sae(dead_after=100, **settings))
     with torch.no_grad():
         model.encoder.bias.fill_(20)
@@ -131,7 +131,7 @@ def test_auxk_matches_formula_with_detached_residual(k_aux: int, shifted: Any) -
     found = torch.autograd.grad(terms["aux"], parameters, retain_graph=True)
     for a, b in zip(found, torch.autograd.grad(aux_by_hand(model, x), parameters), strict=True):
         torch.testing.assert_close(a, b)
-    # sparsify #57 did not detach the residual: the live latents would feel it
+    # sparsify #57 did not detach the residual, which gives live latents a gradient
     leak = torch.autograd.grad(aux_by_hand(model, x, detach=False), parameters)
     assert (leak[0] - found[0]).abs().max() > 1e-2
 
@@ -150,7 +150,7 @@ def test_auxk_gradient_reaches_dead_latents_only(shifted: Any) -> None:
 
 def test_auxk_is_zero_without_dead_latents(shifted: Any) -> None:
     model = with_dead_latents(shifted, aux_weight=1.0)
-    model.since_fired_N[DEAD] = 99 - 5  # one sample short after this batch of 5
+    model.since_fired_N[DEAD] = 99 - 5  # after this batch of 5, one sample short of dead_after
     terms = model.loss(data(5))
     assert terms["aux"] == 0
     assert terms["dead_latents"] == 0
@@ -166,7 +166,7 @@ def test_dead_latents_are_counted_in_samples(shifted: Any) -> None:
         expected = torch.where(fired, 0, expected + n)
         model.train().loss(x)
         assert torch.equal(model.since_fired_N, expected)
-        model.eval().loss(data(9))  # evaluation counts nothing
+        model.eval().loss(data(9))  # not counted in evaluation
         assert torch.equal(model.since_fired_N, expected)
     assert 0 < (expected > 0).sum() < 12
     assert "since_fired_N" in model.state_dict()
@@ -179,7 +179,7 @@ def test_dead_latents_are_counted_in_samples(shifted: Any) -> None:
 
 
 class Watch(pl.Callback):
-    """What the optimiser's step sees and leaves: gradients along the directions, norms before and after."""
+    """Record radial gradients, updates, and norms after each step and batch."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.along, self.norms_after_step, self.norms_after_batch, self.moved = [], [], [], []
@@ -214,7 +214,7 @@ def test_directions_keep_unit_norm_without_radial_gradient(
     assert len(watch.along) == steps
     assert max(watch.along) < 1e-5
     assert all(m > 0 for m in watch.moved)
-    assert any((n - 1).abs().max() > 1e-6 for n in watch.norms_after_step)  # so the order matters
+    assert any((n - 1).abs().max() > 1e-6 for n in watch.norms_after_step)  # norms are set after the step
     assert all((n - 1).abs().max() < 1e-6 for n in watch.norms_after_batch)
 
 
@@ -302,7 +302,7 @@ def test_multi_topk_is_loss_with_4k_latents(k: int, shifted: Any) -> None:
 @pytest.mark.parametrize("decode", ["dense", "gather"])
 @pytest.mark.parametrize("aux_scale", ["sse", "variance"])
 def test_auxk_and_multi_topk_train_the_encoder(decode: str, aux_scale: str, shifted: Any) -> None:
-    """A fused backward of sparsify 1.3.3 lost the pre-activations' gradient: neither term trained the encoder."""
+    """A fused backward in sparsify 1.3.3 lost the gradient of the pre-activations: neither term trained the encoder."""
     settings = {"decode": decode, "aux_scale": aux_scale, "multi_weight": 1.0, "k_aux": 4}
     model, x = with_dead_latents_topk_sae("topk_sae", shifted, k=2, **settings), data_topk_sae(6)
     terms = model.loss(x)
@@ -314,14 +314,14 @@ def test_auxk_and_multi_topk_train_the_encoder(decode: str, aux_scale: str, shif
     model.encoder.forward = lambda x: fused(x).detach()
     lost = model.loss(x)
     model.encoder.forward = fused
-    torch.testing.assert_close(lost["aux"], terms["aux"])  # what is logged says nothing
+    torch.testing.assert_close(lost["aux"], terms["aux"])  # the value of the term does not show the lost gradient
     found = torch.autograd.grad(lost["aux"] + lost["multi"], model.encoder.weight, allow_unused=True)
     assert found == (None,)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_variance_scaled_auxk_is_residual_fraction(training: bool, shifted: Any) -> None:
-    """As alpha ||e - e_hat||^2 / Var(e) beside ||e||^2 / Var(x), in nats: both times Var(x), by NumPy."""
+    """Alpha ||e - e_hat||^2 / Var(e) + ||e||^2 / Var(x) times Var(x), with variances by NumPy."""
     model, x = (
         with_dead_latents_topk_sae("topk_sae", shifted, k_aux=3, aux_scale="variance").train(training),
         data_topk_sae(7),
@@ -339,7 +339,7 @@ def test_variance_scaled_auxk_is_residual_fraction(training: bool, shifted: Any)
         torch.testing.assert_close(p, q * ratio)
     assert torch.equal(model.loss(x[:1])["aux"], plain.loss(x[:1])["aux"])  # one sample has no variance
     x_hat, pi = model(x).detach(), model.pre_activations(x)
-    assert 0 < model.aux(x_hat, x_hat, pi).max() < 1e12  # nor has what is rebuilt without an error
+    assert 0 < model.aux(x_hat, x_hat, pi).max() < 1e12  # Var(e) is 0 for an exact reconstruction
 
 
 def test_variance_over_two_ranks_matches_one_process(shifted: Any) -> None:
@@ -353,8 +353,8 @@ def test_variance_over_two_ranks_matches_one_process(shifted: Any) -> None:
     assert (apart.terms["aux"] - one["aux"]).abs() > 1e-3
 
 
-def test_auxk_takes_half_of_the_data_s_dimensions() -> None:
-    """SAELens took half of the dictionary's (PR #432)."""
+def test_default_k_aux_is_half_of_input_size() -> None:
+    """SAELens used half of the dictionary's size (PR #432)."""
     assert build_topk_sae("topk_sae", latent_dim=100).k_aux == 12
     assert build_topk_sae("topk_sae", latent_dim=8).k_aux == 8
     assert build_topk_sae("topk_sae", latent_dim=100, k_aux=40).k_aux == 40

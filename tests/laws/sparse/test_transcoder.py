@@ -53,7 +53,7 @@ def test_transcoder_of_row_into_itself_equals_sae(form: str, shifted: Any) -> No
     model = shifted(build("transcoder", input_shape=(2, 10), targets=(1,), latent_dim=12, form=form, l1=0.4))
     plain = build("sae_l1", input_shape=(10,), latent_dim=12, form=form, l1=0.4)
     state = {name: v for name, v in model.state_dict().items() if name not in ("mean_RX", "seen")}
-    if form == "unit_norm":  # whose encoder sees x - b
+    if form == "unit_norm":  # the encoder of this form reads x - b
         state["encoder.bias"] = state["encoder.bias"] + state["encoder.weight"] @ state["decoder.b_X"]
     plain.load_state_dict(state)
     pair = torch.stack([x, x], 1)
@@ -87,8 +87,8 @@ def test_targets_are_predicted_from_input_rows_only(shifted: Any) -> None:
     torch.testing.assert_close(model.loss(x)["loss"], nll.mean() + 0.4 * f.sum(1).mean())
     other = x.clone()
     other[:, [2, 0]] += 1
-    assert torch.equal(model.encode(other), model.encode(x))  # what is predicted is not seen
-    assert gap(model.nll(x_hat, x), nll) > 0.1  # as if the rows that are read counted
+    assert torch.equal(model.encode(other), model.encode(x))  # the code does not depend on the targets
+    assert gap(model.nll(x_hat, x), nll) > 0.1  # the score does not include the input rows
 
 
 def test_input_only_rows_decode_to_running_mean(quiet: Any) -> None:
@@ -182,6 +182,6 @@ def test_skip_starts_at_zero_and_counts_when_latents_restart(shifted: Any) -> No
         ({"bandwidth": 0.0}, "bandwidth"),
     ],
 )
-def test_impossible_transcoders_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_transcoder_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(aezoo.AezooError, match=message):
         create("transcoder", input_shape=(2, 10), **{"latent_dim": 12, "targets": (1,)} | settings)

@@ -1,7 +1,7 @@
 """Laws of Winner-take-all autoencoder (Makhzani & Frey 2015).
 
 No code of the authors was found. The model was compared with two ports, run by TensorFlow, in float64 on equal weights
-and batch. Differences are relative to the greatest value, those of gradients by the worst parameter.
+and batch. Differences are relative to the largest value; for gradients, the largest over the parameters is given.
 
     https://github.com/iwyoo/tf_ConvWTA, commit a423f6ff8683e0bcf9b0269e0d4e31d068dfae14
         model.py, ConvWTA           codes 2.6e-16, those kept 1.3e-16, loss 1.8e-16, gradients of 8 parameters 8.9e-16
@@ -9,9 +9,9 @@ and batch. Differences are relative to the greatest value, those of gradients by
         models.py, FullyConnectedWTA, weights not tied
                                     codes 1.6e-16, output 1.0e-16, loss 0, gradients of 4 parameters 4.5e-16
 
-Their loss is summed over the batch. Differs: they keep floor(p B) samples for each unit, ours ceil(p B), and of equal
-activations the first keeps all, which the paper leaves open. After training, the first reconstructs with spatial
-sparsity only, ours with a threshold that stands for the winners.
+Their loss is summed over the batch. Differs: they keep floor(p B) samples for each unit, ours ceil(p B), and the first
+port keeps all of equal activations; the paper specifies neither. After training, the first port reconstructs with
+spatial sparsity only, ours with a threshold in place of the selection of winners.
 """
 
 import math
@@ -41,12 +41,12 @@ pytestmark = [
 
 
 def last_layer(net: Any) -> Any:
-    """The layer that gives the code."""
+    """The last layer with a bias."""
     return [layer for layer in net.modules() if hasattr(layer, "bias")][-1]
 
 
 def winners_by_hand(h: np.ndarray, p: float) -> np.ndarray:
-    """Which samples each unit is kept for, (B, D): by a loop over units."""
+    """The samples that each unit is kept for, (B, D), with a loop over units."""
     kept, most = np.zeros(h.shape, bool), math.ceil(round(p * len(h), 9))
     for unit in range(h.shape[1]):
         kept[np.argsort(-h[:, unit])[:most], unit] = True
@@ -58,7 +58,7 @@ def winners_by_hand(h: np.ndarray, p: float) -> np.ndarray:
 def test_each_unit_wins_for_lifetime_share_of_batch(lifetime: float, n: int, spatial: bool, shifted: Any) -> None:
     model, x = shifted(build("wta_ae", lifetime=lifetime, spatial=spatial, latent_dim=10)), data(n)
     with torch.no_grad():
-        last_layer(model.encoder).bias += 5  # no zeros: what is kept can be seen
+        last_layer(model.encoder).bias += 5  # so that kept units are not 0
         h = model.encode(x)
         found = (
             model.mask_units(h, model.winners).flatten(2) if spatial else model.mask_units(h, model.winners)[..., None]
@@ -68,12 +68,12 @@ def test_each_unit_wins_for_lifetime_share_of_batch(lifetime: float, n: int, spa
     used = (found != 0).any(2)
     np.testing.assert_array_equal(used.numpy(), kept)
     assert (used.sum(0) == math.ceil(round(lifetime * n, 9))).all()
-    assert lifetime == 1 or len(used.sum(1).unique()) > 1  # a sample may have any number
+    assert lifetime == 1 or len(used.sum(1).unique()) > 1  # samples differ in the number of units kept
     assert ((found != 0).sum(2) <= 1).all()
     torch.testing.assert_close(found.sum(2), best * torch.from_numpy(kept))
     places = found.argmax(2)[used]
     assert torch.equal(places, h.flatten(2).argmax(2)[used]) if spatial else True
-    assert math.ceil(0.07 * 100) == 8  # the product is rounded up: one winner too many without care
+    assert math.ceil(0.07 * 100) == 8  # the product is rounded before ceil: in floating point it exceeds 7
 
 
 @pytest.mark.parametrize("spatial", [False, True])
@@ -90,7 +90,7 @@ def test_winners_are_selected_over_all_ranks(spatial: bool, shifted: Any) -> Non
     assert gap(before.terms["nll"], one["nll"]) > 1e-6
     first, second = (copy.theta_D for copy in together.copies)
     assert torch.equal(first, second)
-    # a rank that takes itself for the first keeps the samples of another
+    # without its rank number, a rank keeps samples of another
     wrong = on_two_ranks(single, x, ranked=False)
     assert gap(wrong.terms["nll"], one["nll"]) > 1e-6
 
@@ -128,7 +128,7 @@ def test_lifetime_1_equals_relu_autoencoder(likelihood: str, shifted: Any) -> No
     slopes = [[*gradients(loss, model).values()] for loss, model in zip((mine, dense), found, strict=True)]
     for a, b in zip(*slopes, strict=True):
         torch.testing.assert_close(a, b)
-    torch.testing.assert_close(found[0](x), found[1](x))  # nothing has been trained: theta is 0
+    torch.testing.assert_close(found[0](x), found[1](x))  # untrained, so theta is 0
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_evaluation_threshold_converges_to_training_winners(spatial: bool, shift
     torch.testing.assert_close(model.score(x).mean(), nll, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model.nll(model(x), x), model.score(x))
     everything = model.nll(model.decoder(model.encode(x)), x).mean()
-    assert everything > nll + 1e-3  # all units at once: too much
+    assert everything > nll + 1e-3  # with all units the nll is higher
     held = model.theta_D.clone()
     model.loss(x)
     assert torch.equal(model.theta_D, held)
@@ -152,6 +152,6 @@ def test_evaluation_threshold_converges_to_training_winners(spatial: bool, shift
 # ---- crosscoder: Lindsey et al. 2024 ---------------------------------------------------------------------------------
 
 
-def test_convolutions_of_the_winner_take_all_model_need_a_grid() -> None:
+def test_convolutions_need_a_grid() -> None:
     with pytest.raises(aezoo.AezooError, match="convolutions take"):
         build("wta_ae", input_shape=(24,), spatial=True)

@@ -1,4 +1,4 @@
-"""Laws of the SAEs that keep the largest: TopK's terms and start, BatchTopK, Matryoshka, matching pursuit."""
+"""Laws of the SAEs that keep the largest activations: TopK's terms and initialisation, BatchTopK, Matryoshka, MP."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ def build(name: str, **settings: Any) -> Any:
 
 
 def with_dead_latents(name: str, shifted: Any, **settings: Any) -> Any:
-    """Live latents outrank the dead ones, whose pre-activations are positive none the less."""
+    """A model whose live latents have larger pre-activations than its dead ones, which are positive."""
     torch.manual_seed(3)
     model = shifted(build(name, dead_after=100, **settings))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def with_dead_latents(name: str, shifted: Any, **settings: Any) -> Any:
 
 
 def same_gradients(model: Any, first: Tensor, second: Tensor) -> None:
-    """A term may be logged and train nothing (crosscode PR #3)."""
+    """Compared because a term may be logged and train nothing (crosscode PR #3)."""
     found = [torch.autograd.grad(value, [*model.parameters()], retain_graph=True) for value in (first, second)]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
@@ -82,7 +82,7 @@ def test_data_init_sets_bias_to_median_and_encoder_scale(name: str) -> None:
     lengths = [v.norm(dim=1).mean() for v in (x.flatten(1) - b, f @ model.decoder.W_NX)]
     torch.testing.assert_close(*lengths)
     scale = model.encoder.weight / before[0]
-    torch.testing.assert_close(scale, scale.mean().expand_as(scale))  # directions stay those of the decoder
+    torch.testing.assert_close(scale, scale.mean().expand_as(scale))  # directions stay equal to those of the decoder
     assert (scale.mean() - 1).abs() > 0.05
     torch.testing.assert_close(model.decoder.W_NX, before[0])
 
@@ -99,7 +99,7 @@ def test_data_init_runs_once_and_only_if_enabled(name: str) -> None:
     torch.testing.assert_close(b, geometric_median(x.flatten(1)))
     model.begin_step(x + 1, 1)
     assert torch.equal(model.decoder.b_X, b)
-    again = build(name, data_init=True).train()  # a run that continues
+    again = build(name, data_init=True).train()  # resuming does not initialise again
     again.load_state_dict(model.state_dict())
     again.begin_step(x + 1, 0)
     assert torch.equal(again.decoder.b_X, b)
@@ -124,7 +124,7 @@ def test_a_fit_keeps_unit_norm_and_starts_from_data(name: str, digits: Tensor, q
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_fit_equals_uninterrupted_fit(name: str, digits: Tensor, quiet: Any, tmp_path: Any) -> None:
-    """The start, the counts and the threshold are state: none is made again."""
+    """The initialisation, the counts and the threshold are restored from the checkpoint."""
     samples: Any = digits[:150].float()
     loader, ends = torch.utils.data.DataLoader[Tensor](samples, batch_size=50), []
     for stops in (False, True):
@@ -148,7 +148,7 @@ def test_resumed_fit_equals_uninterrupted_fit(name: str, digits: Tensor, quiet: 
 
 
 def rows_with_encoder_gradient(model: Any, term: Tensor) -> Tensor:
-    """Which latents' encoder a term moves."""
+    """The latents whose encoder has a gradient of a term."""
     weight, bias = torch.autograd.grad(term, (model.encoder.weight, model.encoder.bias), retain_graph=True)
     assert torch.equal(weight.abs().sum(1) > 0, bias != 0)
     return bias != 0
@@ -156,7 +156,7 @@ def rows_with_encoder_gradient(model: Any, term: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["topk_sae", "abs_topk_sae", "batch_topk_sae", "matryoshka_sae"])
 def test_auxk_does_not_add_the_bias_a_second_time(name: str, shifted: Any) -> None:
-    """The residual x - x_hat holds no b (sparsify #132): e_hat must not either."""
+    """The residual x - x_hat has no b (sparsify #132), so e_hat must not have it either."""
     model, x = with_dead_latents(name, shifted, k_aux=3), data(6)
     terms = model.loss(x)
     (gradient,) = torch.autograd.grad(terms["aux"], model.decoder.b_X, retain_graph=True)
@@ -166,7 +166,7 @@ def test_auxk_does_not_add_the_bias_a_second_time(name: str, shifted: Any) -> No
     torch.testing.assert_close(terms["aux"], (e - e_hat).square().sum(1).mean())
     twice = (e - e_hat - model.decoder.b_X).square().sum(1).mean()
     assert (twice - terms["aux"]).abs() > 1e-2
-    # b moves AuxK through the pre-activations of dead latents only
+    # b has a gradient through the pre-activations of dead latents only
     through = torch.autograd.grad((e.detach() - e_hat).square().sum(1).mean(), model.decoder.b_X)[0]
     torch.testing.assert_close(gradient, through)
 
@@ -187,7 +187,7 @@ def test_auxk_trains_dead_latents_only(name: str, shifted: Any) -> None:
 
 
 def positive(name: str, shifted: Any, **settings: Any) -> Any:
-    """Off the start, with pre-activations of which most are positive."""
+    """A model with random offsets added to its initial weights, and mostly positive pre-activations."""
     model = shifted(build(name, **settings))
     with torch.no_grad():
         model.encoder.bias += 2
@@ -197,7 +197,7 @@ def positive(name: str, shifted: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize("name", ["batch_topk_sae", "matryoshka_sae"])
 def test_two_ranks_select_same_latents_as_one_process(name: str, shifted: Any) -> None:
     model, x = positive(name, shifted, latent_dim=20), data(8)
-    x[:4] *= 4  # the first rank's samples take nearly all
+    x[:4] *= 4  # so that most selected latents are of the first rank
     with torch.no_grad():
         model.encoder.weight.abs_()
     both, one = on_two_ranks(model, x), model.loss(x)

@@ -1,4 +1,4 @@
-"""Laws of the adversarial models: who trains what, one optimiser as several, the density ratio, known mistakes."""
+"""Laws of FactorVAE and the VAE-GAN: which loss trains which network, one optimiser against several, inference."""
 
 import math
 import os
@@ -42,8 +42,8 @@ def images(n: int = 6, seed: int = 7) -> Tensor:
     return torch.rand(n, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def sets(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The parameters of each player."""
+def player_parameters(model: Any) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each player, that is of the networks trained with one loss."""
     players = {"decoder": [*model.decoder.parameters(), *model.likelihood.parameters()]}
     players |= {"encoder": [*model.encoder.parameters()], "discriminator": [*model.discriminator.parameters()]}
     if "features" in dict(model.discriminator.named_children()):
@@ -52,7 +52,7 @@ def sets(model: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def draw(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The KL by torch.distributions, a code of each sample, and its reconstruction's parameters."""
+    """The KL by torch.distributions, one code for each sample, and the decoder's output for it."""
     mu, log_var = model.posterior(x)
     q = D.Normal(mu, (0.5 * log_var).exp())
     z = mu + q.scale * torch.randn_like(mu)
@@ -61,7 +61,7 @@ def draw(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factor_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """What each player of FactorVAE minimises, all parameters live."""
+    """The loss that each player of FactorVAE minimises."""
     kl, z, params = draw(model, x)
     keys = torch.rand_like(z)
     permuted = torch.stack([column[key.sort().indices] for column, key in zip(z.T, keys.T, strict=True)], 1)
@@ -75,7 +75,7 @@ def factor_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def gan_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
-    """What each player of the VAE-GAN minimises, all parameters live but for the code of the decoder's GAN."""
+    """The loss that each player of the VAE-GAN minimises."""
     features, head = model.discriminator["features"], model.discriminator["head"]
     kl, z, params = draw(model, x)
     made = model.likelihood.mean(params)
@@ -114,7 +114,7 @@ def size(found: list[Tensor | None]) -> float:
     return math.sqrt(sum(float((g**2).sum()) for g in found if g is not None))
 
 
-# ---- who trains what -------------------------------------------------------------------------------------------------
+# ---- which loss trains which network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -122,10 +122,10 @@ def size(found: list[Tensor | None]) -> float:
 def test_player_parameters_partition_the_model(name: str, likelihood: str) -> None:
     model = small(name, likelihood=likelihood, discriminator_lr=3e-3)
     groups = model.configure_optimizers().param_groups
-    held = [id(p) for group in groups for p in group["params"]]
-    assert len(held) == len(set(held))
-    assert set(held) == {id(p) for p in model.parameters()}
-    expected = [{id(p) for p in part} for part in sets(model).values()]
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in model.parameters()}
+    expected = [{id(p) for p in part} for part in player_parameters(model).values()]
     assert sorted(map(sorted, ([id(p) for p in g["params"]] for g in groups))) == sorted(map(sorted, expected))
     *others, last = groups
     assert {id(p) for p in last["params"]} == {id(p) for p in model.discriminator.parameters()}
@@ -145,7 +145,7 @@ def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str
     terms["loss"].backward()
     torch.manual_seed(3)
     losses = LOSSES[name](model, x)
-    for player, part in sets(model).items():
+    for player, part in player_parameters(model).items():
         expected = gradients(losses[player], part)
         assert size(expected) > 1e-3, player
         for p, g in zip(part, expected, strict=True):
@@ -159,7 +159,7 @@ def test_one_backward_gives_each_network_its_gradient(name: str, likelihood: str
 @pytest.mark.parametrize("name", NAMES)
 def test_no_term_reaches_other_networks(name: str, likelihood: str, shifted: Any) -> None:
     model, x = shifted(small(name, likelihood=likelihood)), images()
-    terms, parts = model.loss(x), sets(model)
+    terms, parts = model.loss(x), player_parameters(model)
     reached = {"discriminator": "discriminator"}
     if name == "factor_vae":
         reached |= dict.fromkeys(("tc", "nll", "kl", "elbo"), "vae")
@@ -173,7 +173,7 @@ def test_no_term_reaches_other_networks(name: str, likelihood: str, shifted: Any
         assert {p for p in model.parameters() if size(gradients(terms["nll"], [p]))} == {model.likelihood.log_scale}
 
 
-# ---- one optimiser is several ----------------------------------------------------------------------------------------
+# ---- one optimiser against several -----------------------------------------------------------------------------------
 
 
 def trained(model: Any, batches: list[Tensor], quiet: Any, *callbacks: Any, **settings: Any) -> pl.Trainer:
@@ -186,7 +186,7 @@ def trained(model: Any, batches: list[Tensor], quiet: Any, *callbacks: Any, **se
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: Any) -> None:
-    """Six steps of the real loop, the light one, against Adams by hand, each on the gradient of its player's loss."""
+    """Six steps of the trainer against one Adam for each player; the fast loop is in use unless it is switched off."""
     batches = [images(6, seed) for seed in range(6)]
     model = shifted(small(name, lr=2e-3, discriminator_lr=5e-3, gamma=0.7))
     other = small(name, gamma=0.7)
@@ -197,7 +197,7 @@ def test_training_matches_separate_optimisers(name: str, shifted: Any, quiet: An
     )
     trained(model, batches, quiet, look)
     assert plans and (plans[0] is None) == (os.environ.get("AEZOO_SPEED") == "off")
-    parts = sets(other)
+    parts = player_parameters(other)
     adams = {
         player: torch.optim.Adam(part, 5e-3, (0.5, 0.9)) if player == "discriminator" else torch.optim.Adam(part, 2e-3)
         for player, part in parts.items()
@@ -246,12 +246,12 @@ def test_resumed_networks_use_requested_learning_rates(
         assert step[-1] == pytest.approx(80 * before[-1])
 
 
-# ---- FactorVAE -------------------------------------------------------------------------------------------------------
+# ---- inference and the KL term ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_equals_vae(name: str, shifted: Any) -> None:
-    """Scores and likelihoods are those of the data, whatever a discriminator sees."""
+    """The discriminator takes no part in inference."""
     vae, model, x, found = shifted(small("vae")), small(name), images(), []
     model.load_state_dict(model.state_dict() | vae.state_dict())
     for each in (model.eval(), vae.eval()):
@@ -307,11 +307,11 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
         torch.testing.assert_close(torch.cat(permuted).sort(0).values, z.sort(0).values)
 
 
-# ---- VAE-GAN ---------------------------------------------------------------------------------------------------------
+# ---- the discriminator's loss ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "costs"), [("factor_vae", 1), ("vae_gan", 3)])
-def test_indifferent_discriminator_pays_log_2_per_class(name: str, costs: int, shifted: Any) -> None:
+def test_zero_logits_cost_log_2_per_term(name: str, costs: int, shifted: Any) -> None:
     model = shifted(small(name))
     with torch.no_grad():
         for p in [*model.discriminator.parameters()][-2:]:

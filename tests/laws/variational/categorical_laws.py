@@ -36,11 +36,11 @@ def reference_kl(log_p: Tensor) -> Tensor:
     return D.kl_divergence(q, D.Categorical(logits=torch.zeros_like(log_p))).sum(1)
 
 
-# ---- the temperature and the capacity depend on the step -------------------------------------------------------------
+# ---- schedules of the temperature and the capacity -------------------------------------------------------------------
 
 
 class Record:
-    """Batches of a fit, and what the model's `of` says at each step."""
+    """The loss term with a given name at each training step, or the temperature if there is no such term."""
 
     def __init__(self, of: str) -> None:
         self.of, self.found = of, []
@@ -59,7 +59,7 @@ class Record:
 
 
 def steps_of(cls: Any, of: str, quiet: Any, tmp_path: Any, **settings: Any) -> tuple[list[float], list[float]]:
-    """What was in force at the 9 steps of 3 epochs: in one run, and in a run that is stopped after 2 and continues."""
+    """The recorded values at the 9 steps of 3 epochs: of one run, and of a run resumed from a checkpoint after 2."""
     loader: Any = DataLoader(list(torch.rand(12, 6)), batch_size=4)
     whole, parted = Record(of), Record(of)
     quiet(max_epochs=3, log_every_n_steps=1).fit(whole.watch(cls((6,), **settings)), loader, loader)
@@ -73,7 +73,7 @@ def steps_of(cls: Any, of: str, quiet: Any, tmp_path: Any, **settings: Any) -> t
     return whole.found, parted.found
 
 
-# ---- the joint code --------------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Laws of the VAEs whose codes lie on a sphere or in hyperbolic space: densities, KL, exact gradients, maps, limits."""
+"""Helpers of the laws of the hyperspherical and the Poincare VAE."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Laws of the Hamiltonian VAEs: reversible steps that keep volume, an exact bound, a metric that is what it says."""
+"""Laws of both Hamiltonian VAEs: the limit of zero steps, the score, evaluation without gradients."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def normals(*shape: int) -> Tensor:
 
 
 def draws_of(model: Any, x: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """z_0, log q(z_0|x) and gamma of the next loss."""
+    """z_0, log q(z_0|x) and gamma as the next loss will draw them."""
     torch.manual_seed(seed)
     mu, log_var = model.posterior(x)
     eps, gamma = torch.randn(len(x), 2 * mu.shape[1], dtype=torch.float64).chunk(2, 1)
@@ -60,7 +60,7 @@ def test_zero_leapfrog_steps_equal_vae(name: str, shifted: Any) -> None:
 
 @pytest.mark.parametrize("name", ["hvae", "rhvae"])
 def test_score_is_bound_at_mean_without_momentum(name: str, shifted: Any) -> None:
-    """With sigma^2 in place of the squared noise, as KL of the VAE has it at K = 0."""
+    """With the KL in closed form, as in the VAE, which the score equals for K = 0."""
     model, x = shifted(small(name, step_size=0.2)).double().eval(), images(5)
     mu, log_var = model.posterior(x)
     z, momentum = model.flow(x, mu, torch.zeros_like(mu))

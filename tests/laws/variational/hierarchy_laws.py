@@ -1,4 +1,4 @@
-"""Laws of the hierarchies: conditionals and their KLs, one draw of each level, free bits, exact posteriors, coding."""
+"""Laws of the hierarchical VAEs: conditionals, KLs, one draw per level, free bits, exact posteriors, coding."""
 
 import math
 from collections.abc import Callable
@@ -38,12 +38,12 @@ def standard(like: Tensor) -> D.Normal:
 
 
 def concatenated(model: Any, h: list[Tensor], level: int, above: Tensor, p: D.Normal) -> D.Normal:
-    """q(z_l | x, z_{l+1}) of the top-down VAE: a net that sees h_l and the level above."""
+    """q(z_l | x, z_{l+1}) of the hierarchical VAE, from a network of h_l and z_{l+1}."""
     return normal(*model.posteriors[level](h[level], above))
 
 
 def product(model: Any, h: list[Tensor], level: int, above: Tensor, p: D.Normal) -> D.Normal:
-    """q(z_l | x, z_{l+1}) of the ladder, proportional to N(z_l; estimate) N(z_l; prior): completing the square."""
+    """q(z_l | x, z_{l+1}) of the ladder VAE: the normalised product of the encoder's Gaussian and p(z_l | z_{l+1})."""
     mu, log_var = h[level].chunk(2, 1)
     precision = torch.exp(-log_var) + p.scale**-2
     return D.Normal((mu * torch.exp(-log_var) + p.loc * p.scale**-2) / precision, precision.rsqrt())
@@ -73,7 +73,7 @@ def nll(model: Any, z: Tensor, x: Tensor) -> Tensor:
 
 
 def decoded(model: Any, call: Callable[[], Any]) -> tuple[Any, Tensor]:
-    """What a call gives, and the code that the decoder sees in it."""
+    """The result of a call, and the decoder's input in it."""
     seen: list[Tensor] = []
     handle = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     found = call()
@@ -116,7 +116,7 @@ def bound_law(model: Any, q_of: Any) -> None:
     torch.manual_seed(1)
     z: list[Tensor] = []
     for d in reversed(model.latent_dims):
-        # of the levels drawn so far; those below are put in as zeros and not looked at
+        # the levels below are not drawn yet; zeros replace them, which the conditionals of this level do not depend on
         low = [torch.zeros(len(x), size, dtype=x.dtype) for size in model.latent_dims[: -len(z) - 1]]
         q, _ = conditionals(model, x, [*low, torch.zeros(len(x), d, dtype=x.dtype), *z], q_of)
         here = q[len(low)]
@@ -138,7 +138,7 @@ def bound_law(model: Any, q_of: Any) -> None:
 
 
 def draw_law(model: Any, q_of: Any) -> None:
-    """The draw of a level that the decoder sees is the one that the levels below are conditioned on."""
+    """The decoder and the levels below get the same draw of a level."""
     x = data()
     terms, z = decoded(model, lambda: model.loss(x))
     kl = divergences(model, x, [*z.split(model.latent_dims, 1)], q_of).mean(0)
@@ -163,7 +163,7 @@ def test_free_bits_cost_a_constant_without_gradient(name: str, shifted: Any) -> 
     terms, z = decoded(model, lambda: model.loss(x))
     kl_BL = divergences(model, x, [*z.split(model.latent_dims, 1)], CONDITIONALS[name]).detach()
     kl = kl_BL.mean(0)
-    # between the second and the third; and a level of whose samples some are below
+    # between the second and the third KL in order, and between the KLs of samples at one level
     middle = float(kl.sort().values[1:].mean())
     mixed = float((kl_BL.amin(0) + kl_BL.amax(0))[0] / 2)
     for free in (0.0, middle, mixed, 1000.0):
@@ -173,8 +173,8 @@ def test_free_bits_cost_a_constant_without_gradient(name: str, shifted: Any) -> 
         torch.testing.assert_close(found["loss"], found["nll"] + 2 * kl.clamp(min=free).sum())
         for term in ("nll", "kl", "elbo", "kl_1", "kl_2", "kl_3"):
             assert torch.equal(found[term], terms[term])
-    assert not torch.isclose(kl_BL.clamp(min=mixed).mean(0), kl.clamp(min=mixed)).all()  # a maximum of each sample
-    # pressure comes from the levels above theirs only
+    assert not torch.isclose(kl_BL.clamp(min=mixed).mean(0), kl.clamp(min=mixed)).all()  # not a maximum for each sample
+    # only levels whose KL exceeds free_bits have a gradient
     free = model.free_bits = middle
     weights = [*model.parameters()]
     torch.manual_seed(1)
@@ -229,11 +229,11 @@ def test_codes_and_scores_use_top_down_means(name: str, shifted: Any) -> None:
     assert not model.score(x).requires_grad
 
 
-# ---- a linear hierarchy, whose evidence and posteriors are known -----------------------------------------------------
+# ---- a linear hierarchy with exact evidence and posteriors -----------------------------------------------------------
 
 
 def set_linear(link: Any, matrix: Tensor, bias: Tensor) -> None:
-    """Make a net of one hidden layer and no activation a linear map."""
+    """Set a network with one hidden layer and the identity as activation to a linear map."""
     for p in link.parameters():
         p.zero_()
     n_in = matrix.shape[1]
@@ -243,8 +243,8 @@ def set_linear(link: Any, matrix: Tensor, bias: Tensor) -> None:
 
 
 def linear_hierarchy(name: str) -> tuple[Any, D.MultivariateNormal]:
-    """A model x = W1 z1 + W2 z2 + c + s e, z1 = A z2 + a + S e, whose q is the posterior, a diagonal one; and p(x)."""
-    skip = name == "hierarchical_vae"  # the likelihood reads z2 too
+    """A model x = W1 z1 + W2 z2 + c + s e, z1 = A z2 + a + S^1/2 e with q at the exact diagonal posterior; and p(x)."""
+    skip = name == "hierarchical_vae"  # the likelihood depends on z2 too
     model = aezoo.create_model(
         name, input_shape=(9,), latent_dims=(3, 2), level_dim=8, hidden_dims=(), activation="identity",
         likelihood="gaussian:learned",
@@ -282,7 +282,7 @@ def linear_hierarchy(name: str) -> tuple[Any, D.MultivariateNormal]:
         else:
             model.encoder[1].weight.zero_()
             model.encoder[1].bias.zero_()
-            model.encoder[1].weight[:9] = torch.cat([first, gain])  # z1 as it shows in x, and that once more
+            model.encoder[1].weight[:9] = torch.cat([first, gain])  # the Gaussian of z1, and its mean again for z2
             model.encoder[1].bias[:9] = torch.cat([low_bias, -gain @ c])
             set_linear(model.rungs[0][1:], torch.cat([top, 0 * top]), torch.cat([-top @ a, 0 * a[:2]]))
             model.rungs[0][3].bias[2:] = -precision.log()
@@ -297,7 +297,7 @@ def test_two_level_importance_weights_are_constant_at_posterior(name: str) -> No
     x = evidence.sample((20,))
     for n in (1, 3, 50):
         torch.testing.assert_close(model.log_likelihood(x, n), evidence.log_prob(x), rtol=0, atol=1e-9)
-    # the ELBO is tight there
+    # the ELBO is tight at the exact posterior
     many = x.repeat(2000, 1)
     assert model.loss(many)["elbo"].item() == pytest.approx(evidence.log_prob(x).mean().item(), abs=0.05)
     draws = model.decoder(model.sample_prior(20_000)) + math.exp(-0.4) * torch.randn(20_000, 9).double()
@@ -348,13 +348,13 @@ def test_binarised_digits_compress_to_bound_losslessly(name: str, digits: Tensor
             kl = divergences(model, test, z, CONDITIONALS[name])
             nats.append(float(nll(model, z_KBD[0], test).sum() + kl.sum()))
     bits = np.mean(nats) / math.log(2)
-    assert kl.mean(0)[1] > 0.5  # the upper level is in use, so that its order in the code matters
+    assert kl.mean(0)[1] > 0.5  # the upper level is used, so that the coding order matters
     assert found.net_bits == pytest.approx(bits, rel=0.02)
     assert found.bound_bits == pytest.approx(bits, rel=0.02)
-    assert bits < 0.75 * test.numel()  # and the model has learned
+    assert bits < 0.75 * test.numel()  # 1 bit per pixel without a model
 
 
-# ---- what cannot work ------------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Laws of the importance weighted bounds: values, gradients of each estimator, the order of the bounds, known mistakes.
+"""Laws of the importance weighted bounds: values, gradients of each estimator, exact bounds, known mistakes.
 
 Bernoulli models are compared with formulas written in torch.distributions and differentiated by autograd; on
-linear-Gaussian models log p(x) and the ELBO have a closed form, and the bounds of one code dimension an exact
-quadrature.
+linear-Gaussian models log p(x) has a closed form, and the bounds for one code dimension are computed by quadrature.
 """
 
 import math
@@ -22,7 +21,6 @@ from aezoo.models.variational.miwae import MIWAE
 from aezoo.models.variational.piwae import PIWAE
 from aezoo.models.variational.vae import VAE
 
-# groups M, samples K and what else the constructor takes
 SETTINGS: dict[str, dict[str, Any]] = {
     "iwae": {"n_samples": 6},
     "miwae": {"n_groups": 2, "n_samples": 3},
@@ -42,7 +40,7 @@ def groups(settings: dict[str, Any]) -> tuple[int, int]:
 
 
 def small(name: str, **settings: Any) -> Any:
-    """The same weights for every model: away from the start, with q far from p(z|x) and nll of several nats' spread."""
+    """A model with the same weights for every name: q is far from p(z|x), and nll varies by several nats."""
     torch.manual_seed(7)
     size = {"input_shape": (2, 3, 3), "latent_dim": 4, "hidden_dims": (12,), "activation": "tanh"}
     model = aezoo.create_model(name, **size, **settings).double()
@@ -57,7 +55,7 @@ def data(n: int = 5) -> Tensor:
 
 
 def codes(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms of one draw, and the codes that were decoded first, (B, N, D)."""
+    """The loss terms, and the input of the decoder's first call, (B, N, D)."""
     seen: list[Tensor] = []
     handle = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     torch.manual_seed(seed)
@@ -73,13 +71,13 @@ def log_joint(model: Any, x: Tensor, z: Tensor) -> Tensor:
     return log_px.flatten(2).sum(2) + D.Normal(0.0, 1.0).log_prob(z).sum(2)
 
 
-def q(model: Any, x: Tensor, held: bool = False) -> D.Normal:
+def q(model: Any, x: Tensor, detach: bool = False) -> D.Normal:
     mu, log_var = (part[:, None] for part in model.posterior(x))
-    return D.Normal(mu.detach(), (0.5 * log_var).exp().detach()) if held else D.Normal(mu, (0.5 * log_var).exp())
+    return D.Normal(mu.detach(), (0.5 * log_var).exp().detach()) if detach else D.Normal(mu, (0.5 * log_var).exp())
 
 
 def log_weights(model: Any, x: Tensor, drawn: Tensor) -> Tensor:
-    """The logarithm of w as a function of all parameters: the codes are written as mu + sigma eps again."""
+    """The logarithm of w, differentiable in all parameters: the codes are written as mu + sigma eps."""
     posterior = q(model, x)
     eps = ((drawn - posterior.mean) / posterior.stddev).detach()
     z = posterior.mean + posterior.stddev * eps
@@ -92,7 +90,7 @@ def bound(log_w: Tensor, m: int, k: int) -> Tensor:
 
 
 def objectives(name: str, settings: dict[str, Any], log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """What the encoder maximises, and the decoder."""
+    """The objective of the encoder, and that of the decoder."""
     m, k = groups(settings)
     if name == "ciwae":
         mixed = settings["beta"] * log_w.mean() + (1 - settings["beta"]) * bound(log_w, 1, k)
@@ -117,7 +115,7 @@ def gradient(value: Tensor, parameters: list[Tensor]) -> Tensor:
 
 
 def value_law(name: str, make: Make, estimator: str) -> None:
-    """The loss is minus the bound that is maximised, whatever gives its gradient; nll and kl are means over samples."""
+    """The loss is minus the bound for every gradient estimator; nll and kl are means over samples."""
     settings = SETTINGS[name]
     model, x = make(name, estimator=estimator, **settings), data()
     terms, z = codes(model, x)
@@ -136,7 +134,7 @@ def value_law(name: str, make: Make, estimator: str) -> None:
 
 
 def decoder_law(name: str, make: Make, estimator: str) -> None:
-    """The decoder's gradient is that of its objective, whatever the estimator."""
+    """The decoder's gradient is that of its objective for every estimator."""
     model, x = make(name, estimator=estimator, **SETTINGS[name]), data()
     terms, z = codes(model, x)
     wanted = objectives(name, SETTINGS[name], log_weights(model, x, z))[1]
@@ -144,7 +142,7 @@ def decoder_law(name: str, make: Make, estimator: str) -> None:
 
 
 def encoder_law(name: str, make: Make, estimator: str) -> None:
-    """The encoder's gradient: autograd of its objective, or the sum over the ways through each z, written out."""
+    """The encoder's gradient: of its objective by autograd, for stl and dreg a weighted sum of path derivatives."""
     settings = SETTINGS[name]
     model, x = make(name, estimator=estimator, **settings), data()
     terms, drawn = codes(model, x)
@@ -160,7 +158,7 @@ def encoder_law(name: str, make: Make, estimator: str) -> None:
         if name == "ciwae":
             c = 0.3 / 6 + 0.7 * c
         leaf = drawn.clone().requires_grad_()
-        log_w_of_z = log_joint(model, x, leaf) - q(model, x, held=True).log_prob(leaf).sum(2)
+        log_w_of_z = log_joint(model, x, leaf) - q(model, x, detach=True).log_prob(leaf).sum(2)
         (slope,) = torch.autograd.grad(log_w_of_z.sum(), leaf)
         posterior = q(model, x)
         z = posterior.mean + posterior.stddev * ((drawn - posterior.mean) / posterior.stddev).detach()
@@ -197,7 +195,7 @@ def at(model: Any, mu: Tensor, log_var: Tensor) -> Any:
     ],
 )
 def test_neutral_setting_equals_multi_sample_vae(name: str, settings: dict[str, Any], draws: int) -> None:
-    """At the same noise; the VAE's KL is analytic, the sampled one in its place gives the same loss."""
+    """With the same noise; the losses differ by the VAE's analytic KL in place of the sampled one."""
     vae, x = small("vae"), data()
     vae_terms, z = codes(vae, x.repeat_interleave(draws, 0))
     sample_elbo = (log_joint(vae, x, z.reshape(5, draws, 4)) - q(vae, x).log_prob(z.reshape(5, draws, 4)).sum(2)).mean()
@@ -232,7 +230,7 @@ def test_inference_equals_parent(name: str) -> None:
         found = part(model)
         torch.manual_seed(0)
         assert torch.equal(found, part(vae))
-    # the bound of the loss and that of log_likelihood are one: the same noise, in another order, for one sample
+    # log_likelihood estimates the same bound; for a batch of one sample its noise has the same order
     if name == "iwae":
         torch.manual_seed(0)
         loss = model.loss(x[:1])["loss"]
@@ -249,7 +247,7 @@ def linear(name: str, k: int, dims: int, **settings: Any) -> Any:
 
 
 def true_posterior(name: str, k: int, dims: int, **settings: Any) -> Any:
-    """Orthogonal columns in the decoder, so that p(z|x) is diagonal; the encoder is that posterior."""
+    """A linear model with orthogonal columns in the decoder, so that p(z|x) is diagonal, and the encoder at p(z|x)."""
     model = linear(name, k, dims, **settings)
     lengths, s2 = torch.linspace(0.5, 2, k, dtype=torch.float64), math.exp(-0.8)
     with torch.no_grad():
@@ -274,7 +272,7 @@ def evidence(model: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_true_posterior_gives_evidence_without_noise(name: str, estimator: str) -> None:
-    """A constant w there: every draw of stl and dreg is the true gradient, which is 0."""
+    """All w are equal there, so every draw of the stl and dreg gradients is the true gradient, which is 0."""
     model = true_posterior(name, 3, 7, estimator=estimator, **SETTINGS[name])
     x = torch.randn(6, 7, dtype=torch.float64) * 2
     found = []
@@ -287,14 +285,14 @@ def test_true_posterior_gives_evidence_without_noise(name: str, estimator: str) 
 
 
 def pathwise(model: Any, x: Tensor, mu: Tensor, log_var: Tensor, n: int) -> Tensor:
-    """Independent gradients of minus the loss of one sample in the posterior's mean and log-variance, (n, 2 D)."""
+    """Independent gradients of one sample's bound by the posterior's mean and log-variance, (n, 2 D)."""
     mu, log_var = (part.expand(n, -1).clone().requires_grad_() for part in (mu, log_var))
     loss = at(model, mu, log_var).loss(x.expand(n, -1))["loss"]
     return -n * torch.cat(torch.autograd.grad(loss, (mu, log_var)), 1)
 
 
 def agrees(draws: Tensor, exact: Tensor) -> bool:
-    """Within 5 standard errors, in every coordinate."""
+    """Whether the mean of the draws is within 5 standard errors of the exact value in every coordinate."""
     error = draws.std(0) / math.sqrt(len(draws))
     return bool(((draws.mean(0) - exact).abs() < 5 * error).all())
 
@@ -324,8 +322,8 @@ def exact_gradient(model: Any, shares: dict[int, float]) -> Tensor:
     return torch.cat(torch.autograd.grad(value, (mu, log_var)), 1)[0]
 
 
-# the exact encoder's objective as shares of L_1, L_2 and L_3
-IN_BOUNDS: list[tuple[str, dict[str, Any], dict[int, float]]] = [
+# the encoder's objective as a weighted sum of the bounds L_K: {K: weight}
+OBJECTIVES: list[tuple[str, dict[str, Any], dict[int, float]]] = [
     ("iwae", {"n_samples": 1}, {1: 1.0}),
     ("iwae", {"n_samples": 3}, {3: 1.0}),
     ("miwae", {"n_groups": 3, "n_samples": 2}, {2: 1.0}),
@@ -336,7 +334,7 @@ IN_BOUNDS: list[tuple[str, dict[str, Any], dict[int, float]]] = [
 
 
 def unbiased_law(name: str, settings: dict[str, Any], shares: dict[int, float], estimator: str, make: Make) -> None:
-    """The mean of 60,000 gradients is that of the exact bound, to 5 standard errors, below 2 % of the gradient."""
+    """The mean of 60,000 gradients is within 5 standard errors, each below 2 % of the gradient, of the exact one."""
     model = make(name, 1, 4, estimator=estimator, **settings)
     exact = exact_gradient(model, shares)
     draws = pathwise(model, POINT, OFF_MU, OFF_LOG_VAR, 60_000)
@@ -346,18 +344,18 @@ def unbiased_law(name: str, settings: dict[str, Any], shares: dict[int, float], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["reparam", "dreg"])
-@pytest.mark.parametrize(("name", "settings", "shares"), IN_BOUNDS)
+@pytest.mark.parametrize(("name", "settings", "shares"), OBJECTIVES)
 def test_reparam_and_dreg_are_unbiased(
     name: str, settings: dict[str, Any], shares: dict[int, float], estimator: str
 ) -> None:
     unbiased_law(name, settings, shares, estimator, true_posterior)
 
 
-@pytest.mark.parametrize(("name", "settings", "shares"), IN_BOUNDS)
+@pytest.mark.parametrize(("name", "settings", "shares"), OBJECTIVES)
 def test_stl_is_unbiased_for_single_sample_bounds_only(
     name: str, settings: dict[str, Any], shares: dict[int, float]
 ) -> None:
-    """Where the weights depend on z, dropping the score moves the mean (Tucker et al. 2018)."""
+    """Where the weights depend on z, the estimator without the score function is biased (Tucker et al. 2018)."""
     if set(shares) == {1}:
         unbiased_law(name, settings, shares, "stl", true_posterior)
     else:
@@ -371,12 +369,12 @@ def test_stl_is_unbiased_for_single_sample_bounds_only(
     [("iwae", "reparam"), ("iwae", "stl"), ("iwae", "dreg"), ("miwae", "dreg"), ("piwae", "reparam"), ("ciwae", "stl")],
 )
 def test_a_linear_model_becomes_probabilistic_pca(name: str, estimator: str, adam: Any) -> None:
-    """Against scikit-learn's likelihood: the optimum of every bound is the exact one, and none is beaten."""
+    """The evidence reaches the maximum likelihood of scikit-learn's PCA without exceeding it."""
     n = 200
     x = torch.randn(n, 2).double() @ (0.7 * torch.randn(2, 5).double()) + 0.5 * torch.randn(n, 5).double() + 1
     model = linear(name, 2, 5, estimator=estimator, **SETTINGS[name])
     adam(model, x, steps=200, lr=0.1, batch=n)
-    # scikit-learn divides by N - 1: shrunk by that, the sample gives it the maximum likelihood fit
+    # scikit-learn divides by N - 1: for samples scaled by sqrt((N - 1) / N) its fit is that of maximum likelihood
     top = PCA(2).fit(((x - x.mean(0)) * math.sqrt((n - 1) / n) + x.mean(0)).numpy()).score(x.numpy())
     reached = evidence(model, x).mean().item()
     assert top - 0.02 < reached < top + 1e-6
@@ -389,7 +387,7 @@ def test_a_linear_model_becomes_probabilistic_pca(name: str, estimator: str, ada
 
 
 class PyTorchVAE(IWAE):
-    """Analytic KL for all K, weights that favour the worst sample and carry gradient."""
+    """As PyTorch-VAE: the analytic KL for every sample, weights that favour the worst sample and are not detached."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         _, nll, sampled = self.draw(x, self.n_samples)
@@ -399,7 +397,7 @@ class PyTorchVAE(IWAE):
 
 
 class AnalyticKL(IWAE):
-    """The KL of the ELBO in the place of each sample's log q - log p."""
+    """The analytic KL in place of log q - log p of each sample."""
 
     def draw(self, x: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         z, nll, kl = super().draw(x, n)
@@ -407,11 +405,11 @@ class AnalyticKL(IWAE):
 
 
 class AttachedWeights(IWAE):
-    """The right value, and weights that carry gradient."""
+    """The right value, but weights that are not detached."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
-        torch.manual_seed(3)  # the noise of `codes` again
+        torch.manual_seed(3)  # the same noise as in `codes`
         _, nll, kl = self.draw(x, self.n_samples)
         log_w = -(nll + kl)
         surrogate = (log_w.softmax(1) * log_w).sum(1).mean()
@@ -420,7 +418,7 @@ class AttachedWeights(IWAE):
 
 
 class MeanOfLogs(IWAE):
-    """A VAE with K samples."""
+    """The VAE's ELBO with K samples."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -437,7 +435,7 @@ class IWAEUnderMIWAE(MIWAE):
 
 
 class SharedObjective(PIWAE):
-    """PIWAE without the routing: both sides follow the MIWAE's bound, or the IWAE's."""
+    """PIWAE whose encoder and decoder both maximise the IWAE's bound."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -454,7 +452,7 @@ def analytic_kl(model: VAE, x: Tensor, like: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "rival", "law"),
+    ("name", "mistake", "law"),
     [
         ("iwae", PyTorchVAE, value_law),
         ("iwae", PyTorchVAE, encoder_law),
@@ -469,17 +467,17 @@ def analytic_kl(model: VAE, x: Tensor, like: Tensor) -> Tensor:
         ("piwae", SharedObjective, encoder_law),
     ],
 )
-def test_wrong_importance_bounds_are_detected(name: str, rival: Any, law: Any) -> None:
+def test_wrong_importance_bounds_are_detected(name: str, mistake: Any, law: Any) -> None:
     def make(name: str, **settings: Any) -> Any:
         model = small(name, **settings)
-        model.__class__ = rival
+        model.__class__ = mistake
         return model
 
     with pytest.raises(AssertionError):
         law(name, make, "reparam")
 
 
-# ---- numbers at the edge, and how it runs ----------------------------------------------------------------------------
+# ---- extreme values, calls of the networks, noise --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -514,7 +512,7 @@ def test_noise_is_independent_per_sample_and_draw(name: str) -> None:
     model, n = small(name, **SETTINGS[name]), 2000
     mu, log_var = torch.tensor([[0.5, -2.0, 0.0, 1.0]]).double(), torch.tensor([[-3.0, 1.0, 0.0, -1.0]]).double()
     _, z = codes(at(model, mu.expand(n, 4), log_var.expand(n, 4)), data(n))
-    eps = ((z - mu) / (0.5 * log_var).exp()).flatten(1)  # n draws of all samples and dimensions
+    eps = ((z - mu) / (0.5 * log_var).exp()).flatten(1)
     assert eps.shape == (n, 24)
     assert (eps.mean(0).abs() < 5 / math.sqrt(n)).all()
     assert (torch.cov(eps.T) - torch.eye(24).double()).abs().max() < 6 / math.sqrt(n)

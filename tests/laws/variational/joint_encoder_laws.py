@@ -1,4 +1,4 @@
-"""Laws of JMVAE: a VAE of whole samples, and encoders of parts which learn its posterior from one term only."""
+"""Laws and helpers of the multimodal VAEs with a KL between the joint posterior and that of each part."""
 
 from typing import Any
 
@@ -40,22 +40,22 @@ def test_kl_is_float32_for_half_precision_encoders(make: Any) -> None:
     q, *of_parts = (
         normal(*(v.double() for v in pair)) for pair in (found, *zip(*(v.unbind(1) for v in own), strict=True))
     )
-    apart = torch.stack([D.kl_divergence(q, q_i) for q_i in of_parts])
+    parts_kl = torch.stack([D.kl_divergence(q, q_i) for q_i in of_parts])
     torch.testing.assert_close(terms["kl"].double(), D.kl_divergence(q, PRIOR).mean(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(terms["parts_kl"].double(), apart.sum(0).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms["parts_kl"].double(), parts_kl.sum(0).mean(), rtol=1e-5, atol=0)
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
 def vae_of(model: Any, **settings: Any) -> Any:
-    """A VAE with the networks of whole samples."""
+    """A VAE with the joint encoder and the decoder of the model."""
     vae: Any = VAE(SHAPE, latent_dim=CODE, hidden_dims=(8,), **settings).double()
     vae.encoder, vae.decoder = model.joint_encoder, model.decoder
     return vae
 
 
-# ---- codes from some parts -------------------------------------------------------------------------------------------
+# ---- exact evidence --------------------------------------------------------------------------------------------------
 
 
 def drawn(exact: Exact, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Laws of the models that read labels: sums over labels in a loop, exact evidence, training, and known mistakes."""
+"""Laws of the models that use labels: sums over labels in a loop, exact evidence, training, and known mistakes."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ SHAPES = {"vector": ((6,), "mlp"), "image by mlp": ((1, 4, 5), "mlp"), "image": 
 
 
 def make(name: str = "conditional_vae", shape: tuple[int, ...] = (6,), **settings: Any) -> Any:
-    """A small model off its initial weights, in float64."""
+    """A small float64 model away from its initial weights."""
     given = {"latent_dim": LATENT, "num_classes": K, "hidden_dims": (8,)} | settings
     return moved(aezoo.create_model(name, input_shape=shape, **given).double())
 
@@ -44,7 +44,7 @@ def terms_at(model: Any, x: Tensor, label: int, eps: Tensor) -> tuple[Tensor, Te
     """-log p(x|z, y), KL and log q(z|x, y) - log p(z) for one label, by torch.distributions: (B,) each."""
     y = torch.zeros(len(x), model.num_classes, dtype=x.dtype)
     y[:, label] = 1
-    # what the encoder is told of the label is a linear map of it
+    # the encoder takes a linear map of the label as additional input
     shape = model.label_map.label_shape
     plane = (model.label_map.weight @ y[0]).reshape(1, *shape).expand(len(x), *shape)
     mu, log_var = model.encoder(torch.cat([x, plane], 1)).chunk(2, 1)
@@ -56,14 +56,14 @@ def terms_at(model: Any, x: Tensor, label: int, eps: Tensor) -> tuple[Tensor, Te
 
 
 def noise_of(model: Any, x: Tensor) -> Tensor:
-    """What the loss draws next; the generator is left where it was."""
+    """The noise that the next loss will draw; the generator's state is kept."""
     state = torch.get_rng_state()
     eps = torch.randn(len(x), model.latent_dim, dtype=x.dtype)
     torch.set_rng_state(state)
     return eps
 
 
-# ---- a label at hand -------------------------------------------------------------------------------------------------
+# ---- labelled samples ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -79,13 +79,13 @@ def test_labelled_loss_is_conditional_elbo(name: str, kind: str) -> None:
     torch.testing.assert_close(terms["nll"], nll)
     torch.testing.assert_close(terms["kl"], kl + constant)
     torch.testing.assert_close(terms["elbo"], -(nll + kl + constant))
-    assert len({terms_at(model, x, k, eps)[0].sum().item() for k in range(K)}) == K  # labels tell
+    assert len({terms_at(model, x, k, eps)[0].sum().item() for k in range(K)}) == K  # the label changes the likelihood
 
 
-# ---- no label at hand ------------------------------------------------------------------------------------------------
+# ---- unlabelled samples ----------------------------------------------------------------------------------------------
 
 
-def of_every_label(model: Any, x: Tensor, eps: Tensor) -> list[Tensor]:
+def terms_per_label(model: Any, x: Tensor, eps: Tensor) -> list[Tensor]:
     """The terms of each label, in a loop: -log p(x|z, y), KL and log q - log p, (B, K) each."""
     return [torch.stack(part, 1) for part in zip(*(terms_at(model, x, k, eps) for k in range(K)), strict=True)]
 
@@ -93,13 +93,15 @@ def of_every_label(model: Any, x: Tensor, eps: Tensor) -> list[Tensor]:
 # ---- the evidence ----------------------------------------------------------------------------------------------------
 
 
-def at_the_truth(cls: type[ConditionalVAE], noise: float = 0.6, alike: bool = False) -> tuple[Any, Tensor, Tensor]:
+def exact_posterior_model(
+    cls: type[ConditionalVAE], noise: float = 0.6, in_span: bool = False
+) -> tuple[Any, Tensor, Tensor]:
     """A linear model whose q(z|x, y), and q(y|x) if there is one, are the true posteriors.
 
     Args:
         cls: the model.
         noise: deviation of x given z and y.
-        alike: what a label does to x, z could do as well.
+        in_span: whether the effect of a label on x lies in the span of the effects of z.
 
     Returns:
         the model, samples x (B, 6) and log p(x|y) in closed form (B, K).
@@ -111,7 +113,7 @@ def at_the_truth(cls: type[ConditionalVAE], noise: float = 0.6, alike: bool = Fa
         moved(model, 0.7)
         V = torch.linalg.qr(torch.randn(6, LATENT, dtype=torch.float64))[0] * lengths  # a diagonal posterior
         W[:, :LATENT] = V
-        if alike:
+        if in_span:
             W[:, LATENT:] = V @ (2 * torch.randn(LATENT, K, dtype=torch.float64))
         model.label_map.weight.copy_(torch.eye(K))
         gain = V.T / (lengths**2 + noise**2)[:, None]
@@ -131,18 +133,18 @@ def at_the_truth(cls: type[ConditionalVAE], noise: float = 0.6, alike: bool = Fa
 
 @pytest.mark.parametrize("cls", [ConditionalVAE, SemiSupervisedVAE])
 def test_true_posteriors_give_exact_bounds(cls: Any) -> None:
-    model, x, given = at_the_truth(cls)
+    model, x, given = exact_posterior_model(cls)
     evidence = torch.logsumexp(given, 1) - math.log(K)
     torch.testing.assert_close(model.classify(x), given.log_softmax(1))
     for n in (1, 7):
         torch.testing.assert_close(model.log_likelihood(x, n), evidence)
     assert torch.equal(model.encode(x)[:, LATENT:].argmax(1), given.argmax(1))
-    # at the posterior's mean all labels gain the same
+    # the score differs from -log p(x) by the same constant for all samples
     gap = model.score(x) + evidence
     torch.testing.assert_close(gap, gap.mean().expand(5))
     with torch.no_grad():
         many = x.repeat(4000, 1)
-        # log w is the evidence whatever the draw; U has the closed-form KL, which is so on average
+        # log w is the evidence for every draw; U has the closed-form KL, with which it is so on average only
         close = {"rtol": 0, "atol": 1e-6} if cls is ConditionalVAE else {"rtol": 0, "atol": 0.03}
         torch.testing.assert_close(model.loss(many)["elbo"], evidence.mean(), **close)
         y = given.argmax(1)
@@ -153,7 +155,7 @@ def test_true_posteriors_give_exact_bounds(cls: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [ConditionalVAE, SemiSupervisedVAE])
 def test_bounds_are_ordered_away_from_true_posterior(cls: Any) -> None:
-    model, x, given = at_the_truth(cls)
+    model, x, given = exact_posterior_model(cls)
     with torch.no_grad():
         model.encoder[1].bias += 0.4
         if cls is SemiSupervisedVAE:
@@ -168,7 +170,7 @@ def test_bounds_are_ordered_away_from_true_posterior(cls: Any) -> None:
     torch.testing.assert_close(ladder[2], evidence, rtol=0, atol=0.05)
 
 
-# ---- codes, samples and labels that are none -------------------------------------------------------------------------
+# ---- codes, samples and invalid labels -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -223,7 +225,7 @@ def test_data_without_classes_are_refused(name: str, settings: dict[str, Any], w
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, at a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, at a graph break
 @pytest.mark.parametrize("name", BOTH)
 def test_compiled_loss_takes_any_share_of_labels(name: str) -> None:
     model, x = make(name), data()

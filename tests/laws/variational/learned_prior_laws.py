@@ -1,6 +1,6 @@
 """Laws of learned priors: densities against torch.distributions and quadrature, neutral limits, known mistakes.
 
-Models are in float64 and away from their initial weights; what a reference needs of them is their posterior only.
+Models are in float64 and away from their initial weights.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 import aezoo
 from aezoo.callbacks.annealing import BetaAnnealing
 
-# the model of each case whose name is not a model's, for conftest.py
+# the model of each case, for conftest.py
 MODEL_OF = {"realnvp": "flow_prior_vae", "maf": "flow_prior_vae"}
 
 
@@ -25,7 +25,7 @@ FLOWS = ("realnvp", "maf")
 
 
 def small(name: str, latent_dim: int = 3, **settings: Any) -> Any:
-    """Away from the start, with components that differ, in float64."""
+    """A float64 model away from its initial weights, with components that differ."""
     if name in FLOWS:
         name, settings = "flow_prior_vae", {"prior": name, "n_flows": 3, "flow_width": 8, **settings}
     elif name in MIXTURES:
@@ -48,7 +48,7 @@ def normal(mu: Tensor, log_var: Tensor) -> D.Distribution:
 
 
 def mixture(model: Any) -> D.Distribution:
-    """The prior by torch.distributions, from the parameters alone or from the encoder's view of the pseudo-inputs."""
+    """The prior by torch.distributions, from its parameters or from the posteriors of the pseudo-inputs."""
     if hasattr(model, "pseudo_K"):
         u = model.pseudo_K.sigmoid() if model.likelihood.unit_interval else model.pseudo_K
         logits, (mu, log_var) = torch.zeros(len(u), dtype=u.dtype), model.posterior(u)
@@ -58,7 +58,7 @@ def mixture(model: Any) -> D.Distribution:
 
 
 def density(model: Any, z: Tensor) -> Tensor:
-    """Log p(z) by torch.distributions, for flows by autograd's Jacobian: (B, D) -> (B,)."""
+    """The prior's log p(z) by torch.distributions, for flows with the Jacobian by autograd: (B, D) -> (B,)."""
     if not hasattr(model, "flow"):
         return mixture(model).log_prob(z)
 
@@ -72,7 +72,7 @@ def density(model: Any, z: Tensor) -> Tensor:
 
 
 def draw(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms of one draw, and the code that was decoded."""
+    """The loss terms and the decoded codes."""
     seen: list[Tensor] = []
     handle = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     torch.manual_seed(seed)
@@ -102,14 +102,14 @@ def test_mixture_prior_matches_torch_distributions(name: str, likelihood: str) -
     z = 2 * torch.randn(6, 5, 3, dtype=torch.float64)
     expected = mixture(model).log_prob(z)
     torch.testing.assert_close(model.log_prior(z), expected)
-    # far out too, where each density underflows
+    # also far from the components, where each density underflows
     torch.testing.assert_close(model.log_prior(100 * z), mixture(model).log_prob(100 * z))
-    # PyTorch-VAE's parenthesis: the log-variance is divided by the variance as well
+    # the misplaced parenthesis of PyTorch-VAE, where the log-variance is divided by the variance as well
     log_w, mu, log_var = model.mixture()
     exponent = -0.5 * (log_var + (z[..., None, :] - mu) ** 2) / log_var.exp()
     wrong = torch.logsumexp(log_w + exponent.sum(-1), -1) - 1.5 * math.log(2 * math.pi)
     assert (wrong - expected).abs().mean() > 0.1
-    # and a mixture that forgets its weights
+    # a mixture without its weights
     assert (torch.logsumexp(model.log_joint(z[0], 0 * z[0]) - log_w, 1) - expected[0]).abs().min() > 0.1
 
 
@@ -136,7 +136,7 @@ def test_mixture_prior_samples_have_its_moments(name: str) -> None:
     scale = expected.variance.sqrt()
     assert ((z.mean(0) - expected.mean) / scale).abs().max() < 0.02
     assert (z.std(0) / scale - 1).abs().max() < 0.02
-    # the mean log-density of draws is minus the entropy of a distribution, here against draws of torch's
+    # the mean of -log p(z) estimates the entropy, as do draws of torch.distributions
     entropy = -expected.log_prob(expected.sample((100_000,))).mean()
     assert -model.log_prior(z).mean().item() == pytest.approx(entropy.item(), abs=0.02)
     assert model.sample(3).shape == (3, 2, 3, 3)
@@ -145,14 +145,14 @@ def test_mixture_prior_samples_have_its_moments(name: str) -> None:
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*MIXTURES, *FLOWS])
 def test_loss_and_gradients_match_formula(name: str, beta: float) -> None:
-    """Of the pseudo-inputs and, by way of them, of the encoder as well."""
+    """For VampPrior including the gradient through the pseudo-inputs and the encoder in the prior."""
     model, x = small(name, beta=beta), data()
     terms, drawn = draw(model, x)
     mu, log_var = model.posterior(x)
     z = mu + (0.5 * log_var).exp() * ((drawn - mu) / (0.5 * log_var).exp()).detach()
     log_px = D.Bernoulli(logits=model.decoder(z), validate_args=False).log_prob(x).flatten(1).sum(1)
     log_q = normal(mu, log_var).log_prob(z)
-    if name in FLOWS:  # all that is known in closed form
+    if name in FLOWS:  # only KL(q || N(0, I)) has a closed form
         standard = normal(torch.zeros_like(mu), torch.zeros_like(mu))
         log_q = D.kl_divergence(normal(mu, log_var), standard) + standard.log_prob(z)
     kl = (log_q - density(model, z)).mean()
@@ -163,24 +163,24 @@ def test_loss_and_gradients_match_formula(name: str, beta: float) -> None:
     found, expected = gradients(model, terms["loss"]), gradients(model, beta * kl - log_px.mean())
     torch.testing.assert_close(found, expected)
     if name == "vamp_vae":
-        # a prior that is taken for a constant moves the encoder elsewhere
+        # with a constant prior the encoder's gradient differs
         with torch.no_grad():
-            held = mixture(model)
-        wrong = normal(mu, log_var).log_prob(z).mean() - held.log_prob(z).mean() - log_px.mean()
+            constant = mixture(model)
+        wrong = normal(mu, log_var).log_prob(z).mean() - constant.log_prob(z).mean() - log_px.mean()
         encoder = [*model.encoder.parameters()]
         one, two = (torch.autograd.grad(v, encoder[0], retain_graph=True)[0] for v in (terms["loss"], wrong))
         assert (one - two).abs().max() > 1e-3
 
 
 def standard(name: str, **settings: Any) -> tuple[Any, Any]:
-    """A model whose one component is N(0, I), and a VAE of the same weights."""
+    """A model whose only component is N(0, I), and a VAE with the same weights."""
     size = {"input_shape": (2, 3, 3), "latent_dim": 3, "hidden_dims": (), **settings}
     model, vae = (aezoo.create_model(which, **size, **extra).double() for which, extra in pair(name))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
         if name == "vamp_vae":
-            # a linear encoder that takes the pseudo-input to mean 0 and log-variance 0
+            # a linear encoder that maps the pseudo-input to mean 0 and log-variance 0
             linear = model.encoder[1]
             linear.bias.copy_(-linear.weight @ model.pseudo_inputs().flatten())
         else:
@@ -221,7 +221,7 @@ def test_score_bounds_kl_tightly_for_far_components(name: str) -> None:
     bound = model.score(x) - model.nll(model.decoder(mu), x)
     assert (bound - kl).min() > -0.05
     assert torch.equal(model.score(x), model.score(x))
-    # by the closed form of torch.distributions
+    # with the KL of each component by torch.distributions
     log_w, m, s = model.mixture()
     each = torch.stack([D.kl_divergence(normal(mu, log_var), normal(a, b)) for a, b in zip(m, s, strict=True)], 1)
     torch.testing.assert_close(bound, -torch.logsumexp(log_w - each, 1))
@@ -234,7 +234,7 @@ def test_score_bounds_kl_tightly_for_far_components(name: str) -> None:
 
 
 def integral(model: Any, x: Tensor) -> Tensor:
-    """Log p(x) of a model with one code dimension, by quadrature over its prior's density."""
+    """The exact log p(x) of a model with one code dimension, by quadrature over z."""
     z = torch.linspace(-15, 15, 6001, dtype=torch.float64)[:, None]
     log_px = torch.stack([-model.nll(model.decoder(z), one.expand(len(z), *one.shape)) for one in x], 1)
     return torch.logsumexp(log_px + model.log_prior(z)[:, None], 0) + math.log(float(z[1] - z[0]))
@@ -252,7 +252,7 @@ def test_importance_likelihood_matches_prior_integral(name: str) -> None:
         assert elbo < exact.mean()
 
 
-# ---- what cannot work ------------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Laws of MMVAE+: which code says what of which part, its two limits, and exact evidence."""
+"""Helpers of the laws of MMVAE+ and CMVAE."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ M, P = 3, 2
 
 
 def with_draws(model: Any, x: Tensor, *draws: Tensor) -> Any:
-    """The loss, whose draws are these in this order."""
+    """The loss with the given noise in the order of its draws."""
     left = iter(draws)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn_like", lambda like: next(left).expand_as(like))
@@ -21,7 +21,7 @@ def with_draws(model: Any, x: Tensor, *draws: Tensor) -> Any:
 
 
 def noise(n: int = 5) -> tuple[Tensor, Tensor]:
-    """Of the codes of each part; of the private code of each, the last but one dimension, with the u of each."""
+    """Noise of (u, w) from the encoder of each part, (B, M, E), and of w_j ~ r_j for u from part i, (B, M, M, P)."""
     return torch.randn(n, M, CODE + P, dtype=torch.float64), torch.randn(n, M, M, P, dtype=torch.float64)
 
 

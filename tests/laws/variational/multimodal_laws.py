@@ -1,4 +1,4 @@
-"""Laws of the multimodal VAEs: products and mixtures of experts, which parts a term or a code is of, exact evidence."""
+"""Laws of the multimodal VAEs: mixtures of experts, codes and samples from some parts, exact evidence."""
 
 import itertools
 import math
@@ -51,7 +51,7 @@ def images(n: int = 5) -> Tensor:
 
 
 def experts(*batch: int) -> tuple[Tensor, Tensor]:
-    """Means and log-variances away from 0."""
+    """Random means and log-variances."""
     mu = 2 * torch.randn(*batch, CODE, dtype=torch.float64) + 0.5
     return mu, torch.randn(*batch, CODE, dtype=torch.float64) - 0.5
 
@@ -68,12 +68,12 @@ PRIOR = D.Independent(D.Normal(torch.zeros(CODE).double(), torch.ones(CODE).doub
 
 
 def given_noise(patch: pytest.MonkeyPatch, eps: Tensor | None = None) -> None:
-    """Have a loss draw this noise, or none."""
+    """Make torch.randn_like return this noise, or zeros."""
     patch.setattr(torch, "randn_like", lambda like: torch.zeros_like(like) if eps is None else eps)
 
 
-def said(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the encoders say, means and log-variances: (B, M, D) each."""
+def encoded(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and log-variances of the encoders: (B, M, D) each."""
     of_parts = [net(part).chunk(2, 1) for net, part in zip(model.encoder, x.split(model.sizes, 1), strict=True)]
     mu, log_var = (torch.stack(values, 1) for values in zip(*of_parts, strict=True))
     return mu, log_var
@@ -82,7 +82,7 @@ def said(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def assert_same_terms(
     model: Any, terms: dict[str, Tensor], expected: dict[str, Tensor], unused: tuple[str, ...] = ()
 ) -> None:
-    """Values and gradients of all terms by every parameter; one that a term must not reach has the gradient 0.
+    """Compare values of all terms, and their gradients by every parameter, 0 where a term does not depend on it.
 
     Gradients are compared for the loss, which reaches all parameters but those whose names start with one of `unused`,
     and for a sum of all terms with random weights.
@@ -103,7 +103,7 @@ def assert_same_terms(
             assert which != "the loss" or bool(b.any()) != name.startswith(unused), name
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
+# ---- sizes of the parts ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", EVERY)
@@ -125,8 +125,8 @@ def test_each_modality_has_its_own_decoder(make: Any, net: str, shifted: Any) ->
 # ---- one part --------------------------------------------------------------------------------------------------------
 
 
-def both(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
-    """A model of one part and a VAE of the same weights."""
+def one_part_model_and_vae(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
+    """A model of one part and a VAE with the same weights."""
     vae = small_vae(shifted, **settings)
     model = small(make, shifted, parts=(6,), **settings)
     own = {name.replace("coder.", "coder.0.", 1): value for name, value in vae.state_dict().items()}
@@ -138,7 +138,7 @@ def small_vae(shifted: Any, **settings: Any) -> Any:
     return shifted(VAE(SHAPE, latent_dim=CODE, hidden_dims=(8,), **settings).double())
 
 
-def is_the_vae(model: Any, vae: Any, training: bool, **close: float) -> None:
+def assert_equals_vae(model: Any, vae: Any, training: bool, **close: float) -> None:
     found, x = [], images()
     for each in (model, vae):
         torch.manual_seed(3)
@@ -156,7 +156,7 @@ def is_the_vae(model: Any, vae: Any, training: bool, **close: float) -> None:
 @pytest.mark.parametrize("beta", [1.0, 3.0])
 @pytest.mark.parametrize("make", MIXTURES)
 def test_one_part_mixture_equals_vae_exactly(make: Any, beta: float, training: bool, shifted: Any) -> None:
-    is_the_vae(*both(make, shifted, beta=beta), training, rtol=0, atol=0)
+    assert_equals_vae(*one_part_model_and_vae(make, shifted, beta=beta), training, rtol=0, atol=0)
 
 
 # ---- mixtures: Shi et al. 2019, Sutter et al. 2021 -------------------------------------------------------------------
@@ -164,9 +164,8 @@ def test_one_part_mixture_equals_vae_exactly(make: Any, beta: float, training: b
 
 @pytest.mark.parametrize("make", MIXTURES)
 def test_loss_is_component_mean_by_torch_distributions(make: Any, shifted: Any) -> None:
-    """Their values and gradients."""
     model, x = small(make, shifted, beta=3.0), images()
-    mu, log_var = said(model, x)
+    mu, log_var = encoded(model, x)
     if make is MoPoEVAE:
         mu, log_var = gaussians.product(mu[:, None], log_var[:, None], model.subsets(3, x.device))
     eps = torch.randn_like(mu)
@@ -180,18 +179,18 @@ def test_loss_is_component_mean_by_torch_distributions(make: Any, shifted: Any) 
         log_p = D.Bernoulli(probs=model.decode(z), validate_args=False).log_prob(x)
         nll.append(-log_p.flatten(1).sum(1))
         kl.append(D.kl_divergence(q_s, PRIOR) - q_s.log_prob(z) + q.log_prob(z))
-    fit, apart = torch.stack(nll).mean(), torch.stack(kl).mean()
-    expected = {"loss": fit + 3.0 * apart, "nll": fit, "kl": apart, "elbo": -(fit + apart)}
+    mean_nll, mean_kl = torch.stack(nll).mean(), torch.stack(kl).mean()
+    expected = {"loss": mean_nll + 3.0 * mean_kl, "nll": mean_nll, "kl": mean_kl, "elbo": -(mean_nll + mean_kl)}
     assert_same_terms(model, terms, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", MIXTURES)
-@pytest.mark.parametrize("apart", [0.0, 1.0, 6.0])
-def test_mixture_kl_matches_integration_below_mean_kl(make: Any, apart: float, shifted: Any) -> None:
-    """Experts that agree, overlap, and are apart; all samples of a batch are the same, their mean is over draws."""
+@pytest.mark.parametrize("distance", [0.0, 1.0, 6.0])
+def test_mixture_kl_matches_quadrature_and_its_bounds(make: Any, distance: float, shifted: Any) -> None:
+    """Experts that agree, overlap, and are far apart; the batch repeats one sample, so its mean is over draws."""
     n, sigma = 40_000, torch.tensor([0.5, 0.8, 0.4]).double()
-    mu = apart * torch.tensor([-1.0, 0.2, 1.0]).double() + 0.3
+    mu = distance * torch.tensor([-1.0, 0.2, 1.0]).double() + 0.3
     model = shifted(make((3,), parts=(1, 1, 1), latent_dim=1, hidden_dims=()).double())
     own = (mu[None, :, None].expand(n, -1, -1), 2 * sigma.log()[None, :, None].expand(n, -1, -1))
     model.experts = lambda x, parts=None: own
@@ -209,8 +208,8 @@ def test_mixture_kl_matches_integration_below_mean_kl(make: Any, apart: float, s
     assert float(per_draw.mean()) == pytest.approx(exact, abs=5 * error + 1e-4)
     bound = float(np.mean(0.5 * (mus**2 + scales**2 - 1 - np.log(scales**2))))
     assert bound - math.log(len(mus)) - 1e-9 <= exact <= bound + 1e-9
-    if make is MMVAE and apart == 6.0:
-        assert exact == pytest.approx(bound - math.log(3), abs=1e-3)  # nothing overlaps
+    if make is MMVAE and distance == 6.0:
+        assert exact == pytest.approx(bound - math.log(3), abs=1e-3)  # components do not overlap
 
 
 @pytest.mark.parametrize("make", MIXTURES)
@@ -294,7 +293,7 @@ SCALE, SIZES, K = 0.6, (3, 4, 2), 2
 
 
 class Exact:
-    """x_i = W_i z + m_i + noise, the columns of each W_i orthogonal; in numpy. What is said of a subset is of its x."""
+    """Parts x_i = W_i z + m_i + noise, with orthogonal columns of each W_i, in numpy; `chosen` parts are observed."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -317,7 +316,7 @@ class Exact:
         return (x_S - m) @ w @ covariance / SCALE**2, covariance
 
     def copy_into(self, model: Any) -> Any:
-        """Decoders, and as experts the likelihoods p(x_i|z) as functions of z, which are Gaussian."""
+        """Set the decoders, and as experts p(x_i|z) as functions of z, which are Gaussian."""
         with torch.no_grad():
             for w, m, down, up in zip(self.w, self.m, model.encoder, model.decoder, strict=True):
                 (to_code,), (to_x,) = ([m for m in net.modules() if isinstance(m, nn.Linear)] for net in (down, up))
@@ -344,7 +343,7 @@ def exact_model(make: Any, **settings: Any) -> tuple[Exact, Any, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("make", ALL)
 def test_no_bound_is_above_the_evidence(make: Any, shifted: Any) -> None:
-    """At the experts above and away from there, over 5,000 draws for each sample."""
+    """With the experts of `Exact` and with others, over 5,000 draws for each sample."""
     for start in (True, False):
         exact, model, x = exact_model(make, **({"n_subsets": 1} if make is MVAE else {}))
         if not start:
@@ -358,7 +357,7 @@ def test_no_bound_is_above_the_evidence(make: Any, shifted: Any) -> None:
 
 @pytest.mark.parametrize("make", ALL)
 def test_importance_sampling_estimates_evidence(make: Any, shifted: Any) -> None:
-    """From experts that are wrong, and less sure than the true ones, so that few draws weigh no more than the rest."""
+    """With experts that are wrong and wider than the true posterior, so that no few draws dominate the estimate."""
     exact, model, x = exact_model(make)
     shifted(model.encoder)
     with torch.no_grad():
@@ -369,7 +368,7 @@ def test_importance_sampling_estimates_evidence(make: Any, shifted: Any) -> None
     np.testing.assert_allclose(found, exact.evidence(x.numpy(), range(3)), atol=0.1)
 
 
-# ---- the zoo ---------------------------------------------------------------------------------------------------------
+# ---- registry --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", EVERY)

@@ -27,7 +27,7 @@ def images(n: int = 6) -> Tensor:
 
 
 def posterior(n: int = 6) -> tuple[Tensor, Tensor]:
-    """Means and log-variances off the start, of correlated dimensions."""
+    """Random means, correlated between dimensions, and log-variances."""
     mixing = torch.randn(CODE, CODE, dtype=torch.float64)
     mu = torch.randn(n, CODE, dtype=torch.float64) @ mixing + torch.linspace(-1, 2, CODE, dtype=torch.float64)
     return mu.requires_grad_(), (torch.randn(n, CODE, dtype=torch.float64) - 1).requires_grad_()
@@ -68,7 +68,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
 }
 
 
-# each setting that takes a model away from the VAE, alone
+# each setting by which a model differs from the VAE, one at a time
 ACTIVE: list[tuple[str, dict[str, Any]]] = [
     ("beta_vae", {}),
     ("annealed_vae", {"gamma": 2.0, "max_capacity": 0.0}),
@@ -82,7 +82,7 @@ ACTIVE: list[tuple[str, dict[str, Any]]] = [
 
 
 def build_pair(name: str, settings: dict[str, Any], shifted: Any, **parent: Any) -> tuple[Any, Any]:
-    """The model and the VAE with the same weights, off their start."""
+    """The model and a VAE with the same weights, away from their initial values."""
     model, vae = small(name, **settings), small("vae", **parent)
     shifted(vae)
     model.load_state_dict(vae.state_dict() | {k: v for k, v in model.state_dict().items() if k not in vae.state_dict()})
@@ -90,7 +90,7 @@ def build_pair(name: str, settings: dict[str, Any], shifted: Any, **parent: Any)
 
 
 def losses(*models: Any, x: Tensor, training: bool = True) -> list[dict[str, Tensor]]:
-    """The loss of each model with the same noise, its gradients left at the weights."""
+    """The loss of each model with the same noise; gradients are in `grad` of the parameters."""
     found = []
     for model in models:
         torch.manual_seed(3)
@@ -135,7 +135,7 @@ def test_inference_equals_vae_for_every_objective(name: str, shifted: Any) -> No
 
 @pytest.mark.parametrize("name", ["dip_vae_i", "dip_vae_ii", "info_vae", "sigma_vae"])
 def test_beta_and_capacity_apply_to_kl_term(name: str, shifted: Any) -> None:
-    """BetaAnnealing sets `beta` and `capacity`: both count in addition to the model's terms."""
+    """BetaAnnealing sets `beta` and `capacity`; the model's other terms stay the same."""
     model, x, found = shifted(small(name)), images(), []
     for beta, capacity in ((1.0, 0.0), (0.25, 0.0), (0.25, 90.0)):
         model.beta, model.capacity = beta, capacity
@@ -148,7 +148,7 @@ def test_beta_and_capacity_apply_to_kl_term(name: str, shifted: Any) -> None:
 
 @pytest.mark.parametrize("name", ["annealed_vae", "dip_vae_i", "dip_vae_ii", "info_vae", "sigma_vae"])
 def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
-    """Terms and gradients, also where the two ranks' KL lie on both sides of the capacity."""
+    """Terms and gradients, for annealed_vae with one rank's KL below and the other's above the capacity."""
     model, x = shifted(small(name)), images()
     kl_B = reference_kl(*model.posterior(x)).detach()
     x = x[kl_B.argsort()]
@@ -171,13 +171,13 @@ def test_two_ranks_equal_one_process(name: str, shifted: Any) -> None:
 
 
 def covariance(name: str, mu: Tensor, log_var: Tensor) -> np.ndarray:
-    """By numpy."""
+    """The covariance that is penalised, by numpy."""
     found: np.ndarray = np.cov(mu.detach().numpy().T, bias=True)
     return found + (np.diag(log_var.detach().exp().mean(0).numpy()) if name == "dip_vae_ii" else 0)
 
 
 def dip_law(cls: Any, name: str) -> None:
-    """The penalties and their gradients are those of numpy's and torch's covariance, off the start."""
+    """The penalties and their gradients equal those with the covariance of numpy and of torch."""
     mu, log_var = posterior(8)
     terms = at(small(cls, off_diagonal=3.0, diagonal=0.7), mu, log_var).loss(images(8))
     C = covariance(name, mu, log_var)
@@ -195,7 +195,7 @@ def test_dip_penalty_matches_numpy_covariance(name: str) -> None:
     dip_law(name, name)
 
 
-# ---- values that cannot work -----------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

@@ -1,4 +1,4 @@
-"""Laws of the VAEs that compare data by another measure, or a corrupted sample with the clean one."""
+"""Laws of the VAEs whose reconstruction term is a distance of images: MS-SSIM and perceptual."""
 
 from typing import Any
 
@@ -25,14 +25,14 @@ def images(n: int = 6, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.rand(n, *shape, dtype=torch.float64)
 
 
-def twins(make: Any, shifted: Any, parent: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+def model_and_vae(make: Any, shifted: Any, parent: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
     model, vae = small(make, **settings), shifted(small(VAE, **parent))
     model.load_state_dict(vae.state_dict())
     return model, vae
 
 
 def losses(*models: Any, training: bool = True) -> list[dict[str, Tensor]]:
-    """The loss of each with the same noise, its gradients left at the weights."""
+    """The loss of each model with the same noise; gradients are in `grad` of the parameters."""
     found, x = [], images()
     for each in models:
         torch.manual_seed(3)
@@ -52,7 +52,7 @@ def same(model: Any, vae: Any, training: bool = True) -> None:
 
 
 def decoded(model: Any, call: Any) -> tuple[Any, Tensor]:
-    """What a call gives, and what the decoder put out in it."""
+    """The result of a call, and the decoder's output in it."""
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_hook(lambda *args: seen.append(args[2]))
     found = call()
@@ -76,14 +76,14 @@ def test_the_loss_is_the_weighted_distance_and_the_kl(make: Any, shifted: Any) -
     model.eval()
     torch.testing.assert_close(model.score(x), model.nll(model.decoder(mu), x) + kl_B)
     model.beta, model.capacity = 2.0, 1000.0
-    (held,) = losses(model)
-    torch.testing.assert_close(held["loss"], held["nll"] + 2 * (1000 - held["kl"]))
+    (terms,) = losses(model)
+    torch.testing.assert_close(terms["loss"], terms["nll"] + 2 * (1000 - terms["kl"]))
     doubled = small(make, weight=2 * model.weight)
     torch.testing.assert_close(doubled.nll(params, x), 2 * model.nll(params, x))
 
 
 @pytest.mark.parametrize("make", DISTANCES)
-def test_no_density_is_claimed(make: Any) -> None:
+def test_elbo_and_log_likelihood_are_absent(make: Any) -> None:
     model = small(make)
     assert "elbo" not in model.loss(images())
     assert model.log_likelihood is None

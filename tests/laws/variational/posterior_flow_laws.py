@@ -14,7 +14,7 @@ from torch import Tensor
 import aezoo
 from aezoo.callbacks.annealing import BetaAnnealing
 
-# the model of each case whose name is not a model's, for conftest.py
+# the model of each case, for conftest.py
 MODEL_OF = {"planar": "vae_flow", "radial": "vae_flow", "sylvester": "vae_flow", "iaf": "vae_iaf"}
 
 
@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def small(kind: str, latent_dim: int = 3, **settings: Any) -> Any:
-    """Away from the start, with steps that are far from the identity, in float64."""
+    """A float64 model away from its initial weights, with flow steps far from the identity."""
     name, own = KINDS.get(kind, (kind, {}))
     torch.manual_seed(7)
     size = {"input_shape": (2, 3, 3), "latent_dim": latent_dim, "hidden_dims": (12,), "activation": "tanh"}
@@ -44,7 +44,7 @@ def data(n: int = 5) -> Tensor:
 
 
 def jacobians(model: Any, z_BD: Tensor, steps_BP: Tensor, create_graph: bool = False) -> Tensor:
-    """Of the whole flow, one for each sample, by autograd: (B, D, D)."""
+    """Jacobian of the whole flow for each sample, by autograd: (B, D, D)."""
     rows = [
         torch.autograd.functional.jacobian(
             lambda z, i=i: model.flow(z[None], steps_BP[i : i + 1])[0][0], z_BD[i], create_graph=create_graph
@@ -68,24 +68,24 @@ def test_log_determinant_matches_autograd_jacobian(kind: str, latent_dim: int) -
     found = model.flow(z, steps)[1]
     torch.testing.assert_close(found, expected)
     assert expected.abs().max() > 0.05 and expected.std() > 0.01
-    # a batch of draws for each sample has the parameters of its sample
+    # all draws of a sample use its flow parameters
     many = model.flow(torch.stack([z + 1, z]), steps)
     torch.testing.assert_close(many[1][1], expected)
     torch.testing.assert_close(many[0][1], model.flow(z, steps)[0])
 
 
 def lines(model: Any, steps: Tensor) -> float:
-    """The integral of the density of z_T, over the segments that a line of z_0 is taken to."""
+    """The integral of the density of z_T over the images of the segments of a line of z_0."""
     z = torch.linspace(-9, 9, 4001, dtype=torch.float64)[:, None]
     moved, log_det = model.flow(z, steps)
     log_q = D.Normal(0.0, 1.0).log_prob(z[:, 0]) - log_det
     lengths = moved[1:, 0] - moved[:-1, 0]
-    assert (lengths > 0).all()  # one to one
+    assert (lengths > 0).all()  # the flow is injective
     return float((0.5 * (log_q[1:].exp() + log_q[:-1].exp()) * lengths).sum().detach())
 
 
 def quadrangles(model: Any, steps: Tensor) -> float:
-    """The same over the quadrangles that a grid's squares are taken to, their areas by the shoelace formula."""
+    """The integral of the density of z_T over the images of a grid's squares, with areas by the shoelace formula."""
     line = torch.linspace(-6.5, 6.5, 500, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
     moved, log_det = (part.detach() for part in model.flow(grid.reshape(-1, 2), steps))
@@ -103,7 +103,7 @@ def quadrangles(model: Any, steps: Tensor) -> float:
 @pytest.mark.parametrize(("latent_dim", "integral"), [(1, lines), (2, quadrangles)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_flow_posterior_density_integrates_to_one(kind: str, latent_dim: int, integral: Any) -> None:
-    """No derivative is asked for: lengths and areas are those of what the flow makes of a grid."""
+    """Without derivatives: lengths and areas are those of the images of a grid."""
     model = small(kind, latent_dim)
     steps = model.amortised(data(1))[2]
     assert integral(model, steps) == pytest.approx(1, abs=2e-3)
@@ -121,7 +121,7 @@ def normal(mu: Tensor, log_var: Tensor) -> D.Distribution:
 
 
 def draw(model: Any, x: Tensor, seed: int = 3) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The terms of one draw, the code that was decoded, and the noise that it was made of."""
+    """The loss terms, the decoded codes, and their noise."""
     seen: list[Tensor] = []
     handle = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     torch.manual_seed(seed)
@@ -163,11 +163,11 @@ def test_mean_kl_matches_paper(kind: str) -> None:
     with torch.no_grad():
         kl = torch.stack([model.loss(x.expand(50, 2, 3, 3))["kl"] for _ in range(400)])
         z, log_q = model.sample_posterior(x, 40_000)
-        papers = (log_q - D.Normal(0.0, 1.0).log_prob(z).sum(-1))[:, 0]
-    assert kl.mean().item() == pytest.approx(papers.mean().item(), abs=5 * kl.std().item() / 400**0.5)
+        expected = (log_q - D.Normal(0.0, 1.0).log_prob(z).sum(-1))[:, 0]
+    assert kl.mean().item() == pytest.approx(expected.mean().item(), abs=5 * kl.std().item() / 400**0.5)
 
 
-def of_vae(model: Any) -> Any:
+def vae_with_weights_of(model: Any) -> Any:
     """A VAE with the model's mean, log-variance and decoder."""
     vae = small("vae", model.code_shape[0])
     own = vae.state_dict()
@@ -180,7 +180,7 @@ def neutral(kind: str) -> list[Any]:
     """A model without steps, and one whose steps are the identity."""
     model = small(kind)
     with torch.no_grad():
-        if kind == "iaf":  # two reversals leave the order as it was
+        if kind == "iaf":  # two reversals restore the order
             for step in model.steps:
                 step.gate.weight.zero_()
                 step.gate.bias.fill_(60)
@@ -195,7 +195,7 @@ def neutral(kind: str) -> list[Any]:
 def test_identity_flow_steps_equal_vae(kind: str) -> None:
     x = data()
     for model in neutral(kind):
-        vae = of_vae(model)
+        vae = vae_with_weights_of(model)
         (terms, z, _), (vae_terms, vae_z, _) = draw(model, x), draw(vae, x)
         torch.testing.assert_close(z, vae_z)
         torch.testing.assert_close(terms, vae_terms)
@@ -208,7 +208,7 @@ def test_identity_flow_steps_equal_vae(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_importance_likelihood_matches_prior_integral(kind: str) -> None:
-    """So the density of q(z|x) is right, and the ELBO a bound."""
+    """Which requires the exact density of q(z|x); the ELBO is below the integral."""
     model, x = small(kind, 1), data(3)
     with torch.no_grad():
         # a posterior that covers the prior
@@ -223,7 +223,7 @@ def test_importance_likelihood_matches_prior_integral(kind: str) -> None:
         torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
         assert torch.stack([model.loss(x)["elbo"] for _ in range(200)]).mean() < exact.mean()
         flow = model.flow
-        model.flow = lambda z, p: (flow(z, p)[0], -flow(z, p)[1])  # the log-determinant is added
+        model.flow = lambda z, p: (flow(z, p)[0], -flow(z, p)[1])  # the wrong sign
         assert (model.log_likelihood(x, 20_000) - exact).abs().max() > 0.2
 
 
@@ -238,13 +238,13 @@ def test_codes_and_scores_use_noise_free_posterior(kind: str) -> None:
         last.weight[3:6] = 0
         last.bias[3:6] = -25.0  # sigma of 4e-6
         z = model.encode(x)
-        # the mean of eps^2, which the score holds in closed form
+        # a mean over eps^2, which the score has in closed form
         log_q = model.sample_posterior(x, 10_000)[1].mean(0)
         expected = model.nll(model.decoder(z), x) + log_q - model.log_prior(z)
         torch.testing.assert_close(model.score(x), expected, atol=0.05, rtol=0)
 
 
-# ---- what cannot work ------------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ from aezoo.models.variational.ada_gvae import AdaGVAE
 def test_pairs_are_cyclic_neighbours_of_a_label() -> None:
     y = labels(3, 7, 3, -1, 7, 3, -1, 4)
     assert small(AdaGVAE).partners(y).tolist() == [2, 4, 5, 3, 1, 0, 6, 7]
-    # two of a label are one pair, seen from both sides
+    # of two samples with one label, each is the partner of the other
     assert small(AdaGVAE).partners(labels(1, 0, 0, 1)).tolist() == [3, 2, 1, 0]
 
 
 def test_threshold_is_midpoint_of_distances() -> None:
-    """KLs of 0.125, 2, 0.5 and 1.125 nats: half-way is 1.0625, beyond which lie the second and the last."""
+    """KLs of 0.125, 2, 0.5 and 1.125 nats: the threshold is 1.0625, which the second and the last exceed."""
     mu, mu2 = torch.tensor([[0.5, 2.0, 1.0, 1.5]]), torch.zeros(1, 4)
     zero = torch.zeros(1, 4)
     kl = D.kl_divergence(normal(mu, zero), normal(mu2, zero))
@@ -53,25 +53,25 @@ def test_distance_is_symmetric_kl_per_dimension() -> None:
 
 
 def authors_mask(mu: Tensor, log_var: Tensor, mu2: Tensor, log_var2: Tensor) -> Tensor:
-    """What disentanglement_lib averages of a pair: its distance of the first from the second, in two equal bins."""
+    """The dimensions that disentanglement_lib averages, by a distance that is not symmetric in the pair."""
     v, v2 = log_var.exp(), log_var2.exp()
     distance = v / v2 + (mu2 - mu) ** 2 / v2 - 1 + log_var2 - log_var
     return distance < (distance.amin(1, keepdim=True) + distance.amax(1, keepdim=True)) / 2
 
 
 def test_shared_dimensions_are_symmetric_in_pair() -> None:
-    model, apart = small(AdaGVAE), 0
+    model, n_asymmetric = small(AdaGVAE), 0
     for _ in range(50):
         one, two = posterior(3), posterior(3)
         assert torch.equal(model.shared(*one, *two), model.shared(*two, *one))
-        apart += int((authors_mask(*one, *two) != authors_mask(*two, *one)).sum())
-        # at equal variances the authors' code has an order no more
+        n_asymmetric += int((authors_mask(*one, *two) != authors_mask(*two, *one)).sum())
+        # for equal variances the authors' distance is symmetric
         like_one = two[0], one[1]
         assert torch.equal(model.shared(*one, *like_one), authors_mask(*one, *like_one))
         both = [torch.cat(parts) for parts in zip(one, two, strict=True)]
         moved = model.paired(*both, labels(0, 1, 2, 0, 1, 2))[0] != both[0]
         assert torch.equal(moved[:3], moved[3:]) and torch.equal(moved[:3], model.shared(*one, *two))
-    assert apart > 0
+    assert n_asymmetric > 0
 
 
 def test_gvae_averages_means_and_variances() -> None:

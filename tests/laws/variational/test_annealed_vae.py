@@ -33,7 +33,7 @@ from aezoo.models.variational.annealed_vae import AnnealedVAE
 
 
 class PyODAnnealed(AnnealedVAE):
-    """clamp(KL, 0, C): above C there is no gradient, below it one that lowers the KL."""
+    """clamp(KL, 0, C), which has no gradient above C, and below C one that lowers the KL."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -43,7 +43,7 @@ class PyODAnnealed(AnnealedVAE):
 
 
 class PythaeAnnealed(AnnealedVAE):
-    """C grows by epoch / (warm-up + 1), never whole; evaluation takes the last factor whatever the epoch."""
+    """C grows by epoch / (warm-up + 1) and never reaches its maximum; evaluation always uses the last factor."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -79,14 +79,14 @@ def test_loss_pulls_kl_towards_capacity() -> None:
     capacity_law("annealed_vae")
 
 
-@pytest.mark.parametrize("rival", [PyODAnnealed, PythaeAnnealed], ids=lambda cls: cls.__name__)
-def test_wrong_capacity_terms_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [PyODAnnealed, PythaeAnnealed], ids=lambda cls: cls.__name__)
+def test_wrong_capacity_terms_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        capacity_law(rival)
+        capacity_law(mistake)
 
 
 def test_capacity_applies_to_batch_mean_or_each_sample() -> None:
-    """|mean KL - C| lets samples differ; the mean of |KL_i - C| does not, and adds up over accumulated batches."""
+    """|mean KL - C|, or the mean of |KL_i - C|, which is also the mean over accumulated batches."""
     mu, log_var = posterior()
     order = reference_kl(mu, log_var).argsort()
     of = mu, log_var = mu.detach()[order].requires_grad_(), log_var.detach()[order].requires_grad_()
@@ -182,7 +182,7 @@ def test_resumed_run_continues_capacity_schedule(quiet: Any, tmp_path: Any) -> N
 
 
 def test_equals_vae_with_annealing_callback(quiet: Any) -> None:
-    """Step for step the run of VAE under BetaAnnealing, which it does not need and refuses."""
+    """Each step equals that of VAE with BetaAnnealing, which annealed_vae refuses."""
     model = annealing()
     vae = aezoo.create_model("vae", SHAPE, latent_dim=CODE, hidden_dims=(16,))
     vae.load_state_dict({k: v for k, v in model.state_dict().items() if k != "steps"})

@@ -1,4 +1,4 @@
-"""Laws of the beta-TCVAE: weights of the batch, the sum of the three terms, exact cases, ranks, and known mistakes."""
+"""Laws of the beta-TCVAE: weights of the batch, the sum of the three terms, exact cases, several ranks, mistakes."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def images(n: int = 6) -> Tensor:
 
 
 def posteriors(n: int = 6) -> tuple[Tensor, Tensor]:
-    """Means and log-variances off the start, of dependent dimensions."""
+    """Random means, correlated between dimensions, and log-variances."""
     mu = torch.randn(n, CODE, dtype=torch.float64) @ torch.randn(CODE, CODE, dtype=torch.float64) + 0.5
     return mu, torch.randn(n, CODE, dtype=torch.float64) - 1
 
@@ -59,7 +59,7 @@ def weights(model: Any, n: int) -> Tensor:
 
 
 def terms_at(model: Any, mu: Tensor, log_var: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The loss with given posteriors, and the codes that the decoder saw."""
+    """The loss with given posteriors, and the decoder's input in it."""
     model.posterior = lambda x: (mu, log_var)
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -105,7 +105,7 @@ def test_known_wrong_weights_do_not_sum_to_one() -> None:
 
 
 def unbiased_law(model: Any) -> None:
-    """The mean of the estimate over all batches of 3 of the 5 data in all orders is q(z), for a code of each place."""
+    """The mean estimate over all batches of 3 of 5 samples, in all orders, is q(z) for the code of each sample."""
     N, n = 5, 3
     mu, log_var = posteriors(N)
     z = draw(mu, log_var)
@@ -123,7 +123,7 @@ def test_aggregate_density_estimate_is_unbiased(estimator: str) -> None:
     unbiased_law(small(estimator=estimator, dataset_size=5))
 
 
-def test_wrong_and_mws_weights_are_biased() -> None:
+def test_wrong_weights_and_mws_are_biased() -> None:
     for model in (small(WrongColumns, dataset_size=5), small(estimator="mws", dataset_size=5)):
         with pytest.raises(AssertionError):
             unbiased_law(model)
@@ -159,7 +159,7 @@ def test_full_batch_estimate_is_exact_aggregate() -> None:
         torch.testing.assert_close(a, b)
         for g, h in zip(*(torch.autograd.grad(v.sum(), (mu, log_var), retain_graph=True) for v in (a, b)), strict=True):
             torch.testing.assert_close(g, h)
-    assert (found[0] - expected[1].sum(1)).abs().max() > 0.1  # these dimensions do depend on each other
+    assert (found[0] - expected[1].sum(1)).abs().max() > 0.1  # the dimensions are dependent
     for model in (small(WrongColumns, dataset_size=n), small(dataset_size=n), small(dataset_size=n + 3)):
         assert (model.log_aggregate(z, mu, log_var)[0] - expected[0]).abs().max() > 1e-3
 
@@ -192,7 +192,7 @@ def test_terms_match_formulas_and_weights(estimator: str) -> None:
 
 
 def independent_law(make: Any, **settings: Any) -> None:
-    """Codes that tell nothing of their samples have no mutual information, and independent ones no correlation."""
+    """Equal posteriors of all samples with independent dimensions have zero mutual information and correlation."""
     mu, log_var = (t[:1].expand(4, -1) for t in posteriors())
     terms, _ = terms_at(small(make, dataset_size=100, **settings), mu, log_var)
     torch.testing.assert_close(terms["mi"], torch.zeros_like(terms["mi"]), atol=1e-9, rtol=0)
@@ -252,7 +252,7 @@ def loaders() -> dict[str, tuple[Any, int]]:
     batches: Any = [x[:8], x[8:16], x[16:]]
     return {
         "samples": (DataLoader(rows, batch_size=4, shuffle=True), 22),
-        "batches": (DataLoader(batches, batch_size=None), 24),  # to within a batch
+        "batches": (DataLoader(batches, batch_size=None), 24),  # counted as full batches
         "a stream": (DataLoader(Stream(), batch_size=3), 0),
     }
 
@@ -269,7 +269,7 @@ def test_dataset_size_is_taken_from_training_loader(kind: str, quiet: Any) -> No
 
 
 def test_dataset_size_survives_a_skipped_first_step(quiet: Any) -> None:
-    """The fault guard puts the buffers of that step back, and so the number: the batch would stand for all data."""
+    """The fault guard restores the buffers of a skipped step, but the dataset size must not be lost with them."""
     x = torch.rand(22, *SHAPE)
     x[1] = 1e25
     model = BetaTCVAE(SHAPE, latent_dim=CODE, hidden_dims=(8,), likelihood="gaussian")
@@ -283,7 +283,7 @@ def test_dataset_size_survives_a_skipped_first_step(quiet: Any) -> None:
 
 @pytest.mark.slow
 def test_resumed_run_keeps_dataset_size(quiet: Any, tmp_path: Any) -> None:
-    """Counted by batches it would depend on the size of the one that is next."""
+    """A size counted again would depend on the batches of the resumed run."""
     loader, val = loaders()["batches"][0], loaders()["samples"][0].dataset
     trainer = quiet(max_epochs=1)
     trainer.fit(BetaTCVAE(SHAPE, latent_dim=CODE, hidden_dims=(8,)), loader, DataLoader(val, batch_size=4))
@@ -321,7 +321,7 @@ def test_two_ranks_equal_one_process(estimator: str, shifted: Any) -> None:
     for a, b in zip(together.gradients(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert (on_two_ranks(model, x, exchange=False).terms["loss"] - whole["loss"]).abs() > 1e-3
-    if estimator != "mws":  # where each rank takes the first rank's rows for its own
+    if estimator != "mws":  # if each rank takes the first rank's rows for its own
         assert (on_two_ranks(model, x, ranked=False).terms["loss"] - whole["loss"]).abs() > 1e-3
 
 
@@ -340,7 +340,7 @@ def test_annealing_acts_on_total_correlation_without_capacity(shifted: Any, quie
 
 
 def test_terms_are_accurate_in_float32(shifted: Any) -> None:
-    """A total correlation that is a thousandth of the logarithms it is the difference of."""
+    """For a total correlation that is a thousandth of the logarithms of which it is the difference."""
     mu, log_var = posteriors(64)
     mu, log_var = 0.05 * mu, 0.05 * log_var
     model = small(dataset_size=4000)

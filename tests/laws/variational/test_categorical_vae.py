@@ -1,4 +1,4 @@
-"""Laws of Categorical variational autoencoder (Jang et al. 2016)."""
+"""Laws of the categorical VAE (Jang et al. 2016)."""
 
 import itertools
 import math
@@ -32,19 +32,19 @@ from aezoo.models.variational.vae import VAE
 
 
 def all_codes(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Every one-hot code there is, by itertools, (K^N, N, K)."""
+    """All one-hot codes, (K^N, N, K)."""
     return torch.stack([torch.eye(K, dtype=dtype)[list(c)] for c in itertools.product(range(K), repeat=N)])
 
 
 def exact(model: Any, x: Tensor) -> Tensor:
-    """The evidence log p(x) as a sum over every code, one sample at a time."""
+    """The evidence log p(x) as a sum over all codes, (B,)."""
     codes = all_codes()
     log_px = torch.stack([-nll_at(model, one.expand(len(codes), -1), codes.flatten(1)) for one in x])
     return torch.logsumexp(log_px, 1) - math.log(len(codes))
 
 
 def exact_elbo(model: Any, x: Tensor) -> Tensor:
-    """E_q[log p(x, c) - log q(c|x)] as a sum over every code, (B,)."""
+    """E_q[log p(x, c) - log q(c|x)] as a sum over all codes, (B,)."""
     codes = all_codes()
     found = []
     for one in x:
@@ -58,7 +58,7 @@ def exact_elbo(model: Any, x: Tensor) -> Tensor:
 
 
 def kl_law(cls: type[CategoricalVAE]) -> None:
-    """KL and its gradient are those of torch.distributions; 0 of the uniform, N log K of one-hot, within these else."""
+    """KL and gradient are those of torch.distributions, from 0 for uniform to N log K for one-hot probabilities."""
     model = cls((6,), n_variables=N, n_classes=K, hidden_dims=(16,)).double()
     for spread in (0.0, 0.5, 3.0, 200.0):
         logits = (spread * torch.randn(7, N, K, dtype=torch.float64)).requires_grad_()
@@ -84,7 +84,7 @@ class EpsilonInLog(CategoricalVAE):
 
 
 class EntropyAlone(CategoricalVAE):
-    """sum p log p, without log K: -log K of the uniform."""
+    """sum p log p without log K: -log K instead of 0 for uniform probabilities."""
 
     def kl(self, p_BD: Tensor, log_p_BD: Tensor) -> Tensor:
         return (p_BD * log_p_BD).sum(1)
@@ -94,10 +94,10 @@ def test_kl_matches_torch_distributions() -> None:
     kl_law(CategoricalVAE)
 
 
-@pytest.mark.parametrize("rival", [EpsilonInLog, EntropyAlone])
-def test_wrong_kl_is_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [EpsilonInLog, EntropyAlone])
+def test_wrong_kl_is_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        kl_law(rival)
+        kl_law(mistake)
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -121,7 +121,7 @@ def draws(model: Any, logits: Tensor, n: int) -> Tensor:
 
 
 def relaxation_law(cls: type[CategoricalVAE]) -> None:
-    """Every entry of z is distributed as torch.distributions draws it, at several temperatures."""
+    """Every entry of z is distributed as in torch.distributions, at several temperatures."""
     logits = torch.tensor([0.3, -1.0, 1.5, 0.0])
     for tau in (0.3, 1.0, 2.5):
         model = cls((6,), n_variables=1, n_classes=4, temperature=tau)
@@ -130,7 +130,7 @@ def relaxation_law(cls: type[CategoricalVAE]) -> None:
         torch.testing.assert_close(z.sum(1), torch.ones(4000))
         for k in range(4):
             assert ks_2samp(z[:, k].numpy(), wanted[:, k].numpy()).pvalue > 1e-4, (tau, k)
-        # the largest entry is that of an exact draw, whatever the temperature (Maddison et al. 2016, proposition 1)
+        # the largest entry is an exact draw at every temperature (Maddison et al. 2016, proposition 1)
         found = one_hot(z).mean(0)
         assert ((found - logits.softmax(0)).abs() < 5 * (0.25 / 4000) ** 0.5).all()
 
@@ -151,10 +151,10 @@ def test_relaxed_codes_match_torch_distributions() -> None:
     relaxation_law(CategoricalVAE)
 
 
-@pytest.mark.parametrize("rival", [NoiseOutside, GaussianNoise])
-def test_wrong_relaxation_noise_is_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [NoiseOutside, GaussianNoise])
+def test_wrong_relaxation_noise_is_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        relaxation_law(rival)
+        relaxation_law(mistake)
 
 
 def test_low_temperature_code_is_argmax_of_noisy_logits() -> None:
@@ -170,7 +170,7 @@ def test_low_temperature_code_is_argmax_of_noisy_logits() -> None:
 
 
 def hard_law(cls: type[CategoricalVAE]) -> None:
-    """One-hot values, exactly, and the gradient of the relaxed code of the same noise."""
+    """Exactly one-hot values, with the gradient of the relaxed code for the same noise."""
     log_p = torch.randn(40, N, K, dtype=torch.float64).log_softmax(2).requires_grad_()
     weights = torch.randn(40, N, K, dtype=torch.float64)
     found = {}
@@ -192,7 +192,7 @@ class HardWithoutGradient(CategoricalVAE):
 
 
 class NearlyHard(CategoricalVAE):
-    """z + (hard - z) rounds where hard + (z - z) does not; and here both carry gradients."""
+    """Values that are not exactly one-hot."""
 
     def draw(self, log_p_BNK: Tensor) -> Tensor:
         z = ((log_p_BNK + sample_gumbel(log_p_BNK)) / self.tau()).softmax(2)
@@ -203,13 +203,13 @@ def test_straight_through_is_one_hot_with_relaxed_gradient() -> None:
     hard_law(CategoricalVAE)
 
 
-@pytest.mark.parametrize("rival", [HardWithoutGradient, NearlyHard])
-def test_hard_code_without_gradient_is_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [HardWithoutGradient, NearlyHard])
+def test_hard_code_without_gradient_is_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        hard_law(rival)
+        hard_law(mistake)
 
 
-# ---- the temperature and the capacity depend on the step -------------------------------------------------------------
+# ---- schedule of the temperature -------------------------------------------------------------------------------------
 
 
 TEMPERATURES = {"start_temperature": 2.0, "temperature": 0.5, "temperature_steps": 6}
@@ -284,7 +284,7 @@ def test_importance_bound_approaches_exact_likelihood() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_hard_elbo_is_exact_and_relaxed_is_not(training: bool) -> None:
-    """Codes of evaluation are hard, so that what is reported there is a bound, whatever training decodes."""
+    """Evaluation uses hard codes, so its ELBO is a lower bound also if training uses relaxed ones."""
     x = data(1)
     for hard in (True, False):
         torch.manual_seed(7)

@@ -1,4 +1,4 @@
-"""Laws of Combination importance weighted autoencoder (Rainforth et al. 2018)."""
+"""Laws of the combination importance weighted autoencoder (Rainforth et al. 2018)."""
 
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from importance_bound_laws import (  # noqa: F401

@@ -70,7 +70,7 @@ def clusters(model: Any) -> tuple[D.Categorical, D.Independent]:
 
 
 def test_loss_matches_paper_with_cluster_mean(shifted: Any) -> None:
-    """But for what has a closed form: here it is taken at the draw, and how far off that is, added."""
+    """The sampled terms of the paper, plus a closed-form KL minus its estimate from the draw."""
     model, x, draws = small(shifted, beta=3.0), images(), noise()
     terms = with_draws(model, x, *draws)
     own = [net(part).chunk(2, 1) for net, part in zip(model.encoder, x.split(PARTS, 1), strict=True)]
@@ -89,8 +89,8 @@ def test_loss_matches_paper_with_cluster_mean(shifted: Any) -> None:
         q_u_i, q_w_i = (normal(*pair) for pair in zip(split_parts(mu), split_parts(log_var), strict=True))
         off = D.kl_divergence(q_u_i, standard[0]) - (q_u_i.log_prob(u) - standard[0].log_prob(u))
         kl.append(q_u.log_prob(u) - given_c + D.kl_divergence(q_w_i, standard[1]) + off)
-    fit, apart = torch.stack(nll).mean(), torch.stack(kl).mean()
-    expected = {"loss": fit + 3.0 * apart, "nll": fit, "kl": apart, "elbo": -(fit + apart)}
+    mean_nll, mean_kl = torch.stack(nll).mean(), torch.stack(kl).mean()
+    expected = {"loss": mean_nll + 3.0 * mean_kl, "nll": mean_nll, "kl": mean_kl, "elbo": -(mean_nll + mean_kl)}
     assert_same_terms(model, terms, expected)
 
 
@@ -134,11 +134,11 @@ def test_one_modality_equals_mixture_vae(shifted: Any) -> None:
         torch.testing.assert_close(getattr(model.eval(), call)(x), getattr(other.eval(), call)(x))
 
 
-@pytest.mark.parametrize("apart", [0.0, 1.0, 4.0])
-def test_mixture_kl_matches_numerical_integration(apart: float, shifted: Any) -> None:
-    """All samples of a batch are the same; the mean is over draws."""
+@pytest.mark.parametrize("distance", [0.0, 1.0, 4.0])
+def test_mixture_kl_matches_numerical_integration(distance: float, shifted: Any) -> None:
+    """The batch repeats one sample, so its mean is over draws."""
     n, sigma = 20_000, torch.tensor([0.5, 0.8]).double()
-    mu = apart * torch.tensor([-1.0, 0.7]).double() + 0.3
+    mu = distance * torch.tensor([-1.0, 0.7]).double() + 0.3
     model = shifted(CMVAE((2,), latent_dim=1, private_dim=0, n_components=3, hidden_dims=()).double())
     own = (mu[None, :, None].expand(n, -1, -1), 2 * sigma.log()[None, :, None].expand(n, -1, -1))
     model.experts = lambda x, parts=None: own
@@ -177,7 +177,7 @@ def test_prior_is_clusters_for_shared_normal_for_private(shifted: Any) -> None:
     expected = [torch.cat([a, b.expand(M * P)]) for a, b in ((p_u.mean, torch.zeros(1)), (p_u.stddev, torch.ones(1)))]
     for found, value in zip((drawn.mean(0), drawn.std(0)), expected, strict=True):
         assert ((found - value) / expected[1]).abs().max() < 0.03
-    assert drawn[:, :CODE].T.corrcoef().fill_diagonal_(0).abs().max() > 0.05  # clusters, and no Gaussian of its own
+    assert drawn[:, :CODE].T.corrcoef().fill_diagonal_(0).abs().max() > 0.05  # the clusters correlate dimensions
     assert model.sample(3).shape == (3, *SHAPE)
 
 
@@ -185,7 +185,7 @@ SIZES, SCALE = (3, 4, 2), 1.0
 
 
 def linear() -> tuple[Any, Tensor, np.ndarray]:
-    """x_i = U_i u + W_i w_i + m_i + noise with u of two clusters: a model, samples, their log-evidence by scipy."""
+    """A model x_i = U_i u + W_i w_i + m_i + noise with two clusters of u, samples, and their log-evidence by scipy."""
     rng = np.random.default_rng(0)
     sizes: dict[str, Any] = {"latent_dim": 2, "private_dim": 1, "n_components": 2, "hidden_dims": ()}
     model: Any = CMVAE((9,), parts=SIZES, likelihood=f"gaussian:{SCALE}", **sizes).double()
@@ -212,7 +212,7 @@ def linear() -> tuple[Any, Tensor, np.ndarray]:
 
 @pytest.mark.slow
 def test_importance_samples_find_evidence_above_the_bound() -> None:
-    """From encoders that say little: their draws are about as wide as the prior's."""
+    """With encoders that depend little on x and are about as wide as the prior."""
     model, x, evidence = linear()
     with torch.no_grad():
         for p in model.encoder.parameters():
@@ -228,7 +228,7 @@ def test_importance_samples_find_evidence_above_the_bound() -> None:
 
 
 def test_cluster_posterior_follows_code_distance(shifted: Any) -> None:
-    """E_q log p(c) p(u|c) is log p(c) - KL(q || p(u|c)), but for what no cluster changes."""
+    """E_q[log p(c) p(u|c)] is log p(c) - KL(q || p(u|c)) up to a constant, which is the same for all clusters."""
     model, x = small(shifted).eval(), images()
     p_c, p_u_c = clusters(model)
     each = []
@@ -244,8 +244,8 @@ def test_cluster_posterior_follows_code_distance(shifted: Any) -> None:
     assert not model.clusters(x).requires_grad
 
 
-def placed(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
-    """A model whose codes are of three clusters, in the prior among others that are far off; which each is of."""
+def clustered_model(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
+    """A model with codes in three clusters, and others far away in the prior; samples, their clusters."""
     torch.manual_seed(1)
     model: Any = CMVAE((4,), latent_dim=2, private_dim=1, n_components=n_components, hidden_dims=()).double()
     centres = torch.tensor([[3.0, 0.0], [-3.0, 1.0], [0.0, -3.0]]).double()
@@ -265,14 +265,14 @@ def placed(n_components: int, n: int = 60) -> tuple[Any, Tensor, Tensor]:
 
 
 def test_samples_are_assigned_to_nearest_cluster() -> None:
-    model, x, of = placed(6)
+    model, x, of = clustered_model(6)
     assert torch.equal(model.clusters(x).argmax(1), of)
     torch.testing.assert_close(model.clusters(x).sum(1), torch.ones(60).double())
 
 
 @pytest.mark.parametrize("n_components", [3, 5, 7])
 def test_pruned_clusters_are_never_drawn(n_components: int) -> None:
-    model, x, of = placed(n_components)
+    model, x, of = clustered_model(n_components)
     entropies = model.prune(x)
     assert [*entropies] == [*range(n_components, 1, -1)] and min(entropies, key=lambda k: entropies[k]) == 3
     share = model.weight_K.softmax(0)
@@ -284,7 +284,7 @@ def test_pruned_clusters_are_never_drawn(n_components: int) -> None:
     terms["loss"].backward()
     assert model.weight_K.grad.isfinite().all() and (model.weight_K.grad[3:] == 0).all()
     assert (model.mean_KD.grad[3:] == 0).all() and model.mean_KD.grad[:3].abs().max() > 0
-    assert [*model.prune(x)] == [3, 2]  # those that went are not counted again
+    assert [*model.prune(x)] == [3, 2]  # pruned clusters are not counted again
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.5])
@@ -294,8 +294,8 @@ def test_entropies_match_scipy_and_least_cluster_is_pruned(beta: float, shifted:
     joint, kept, expected = np.zeros((20, M, 3)), [0, 1, 2], {}
     for i, (mu, log_var) in enumerate(zip(*(values.unbind(1) for values in model.components(x)), strict=True)):
         q = normal(mu, log_var)
-        apart = D.kl_divergence(normal(mu[:, None], log_var[:, None]), p_u_c.expand((1, 3)))
-        joint[:, i] = (p_c.logits - apart - q.entropy()[:, None]).detach().numpy()
+        kl_c = D.kl_divergence(normal(mu[:, None], log_var[:, None]), p_u_c.expand((1, 3)))
+        joint[:, i] = (p_c.logits - kl_c - q.entropy()[:, None]).detach().numpy()
     while len(kept) > 1:
         weighed = np.exp(joint[..., kept]) / p_c.probs[kept].sum().item()
         q_c = weighed / weighed.sum(2, keepdims=True)
@@ -309,7 +309,7 @@ def test_entropies_match_scipy_and_least_cluster_is_pruned(beta: float, shifted:
 
 @pytest.mark.slow
 def test_training_finds_clusters_and_pruning_their_number() -> None:
-    """Three patterns with noise, six clusters."""
+    """Data of three noisy patterns, a prior of six clusters."""
     torch.manual_seed(0)
     of = torch.arange(300) % 3
     patterns = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0, 1], [1, 0, 1, 0, 1, 1, 0, 0]])
@@ -327,7 +327,7 @@ def test_training_finds_clusters_and_pruning_their_number() -> None:
         assert adjusted_rand_score(of, model.clusters(x, parts).argmax(1)) > 0.9
 
 
-def test_cluster_count_must_stay_positive() -> None:
+def test_invalid_cluster_counts_are_refused() -> None:
     with pytest.raises(AezooError, match="prune needs at least 2 clusters, but there is only one"):
         CMVAE((4,), n_components=1).prune(torch.rand(3, 4))
     with pytest.raises(AezooError, match="n_components must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""Laws of Conditional variational autoencoder (Sohn et al. 2015)."""
+"""Laws of the conditional VAE (Sohn et al. 2015)."""
 
 import math
 from typing import Any
@@ -12,13 +12,13 @@ from label_laws import (  # noqa: F401
     LATENT,
     SHAPES,
     K,
-    at_the_truth,
     data,
+    exact_posterior_model,
     make,
     moved,
     noise_of,
-    of_every_label,
     terms_at,
+    terms_per_label,
     test_bounds_are_ordered_away_from_true_posterior,
     test_compiled_loss_takes_any_share_of_labels,
     test_data_without_classes_are_refused,
@@ -34,7 +34,7 @@ import aezoo
 from aezoo import DataModule
 from aezoo.models.variational.conditional_vae import ConditionalVAE
 
-# ---- a label at hand -------------------------------------------------------------------------------------------------
+# ---- labelled samples ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -56,7 +56,7 @@ def test_zero_label_weights_equal_vae(kind: str) -> None:
         for one, labels in ((model, y), (parent, None)):
             torch.manual_seed(3)
             found.append(one.loss(x, labels))
-        # without labels the KL is that of the one draw, so the mean over draws is the VAE's
+        # without labels the KL is estimated from the draw, so only its mean equals the VAE's
         if y is not None:
             for term in ("loss", "nll", "kl", "elbo"):
                 torch.testing.assert_close(found[0][term], found[1][term])
@@ -67,7 +67,7 @@ def test_zero_label_weights_equal_vae(kind: str) -> None:
     torch.testing.assert_close(model.score(x), parent.score(x))
 
 
-def test_label_count_must_exceed_one() -> None:
+def test_single_class_needs_no_sum_over_labels() -> None:
     model, x = make(num_classes=1), data()
     eps = noise_of(model, x)
     nll, kl, ratio = terms_at(model, x, 0, eps)
@@ -79,17 +79,14 @@ def test_label_count_must_exceed_one() -> None:
     torch.testing.assert_close(model.classify(x), torch.zeros(5, 1).double())
 
 
-# ---- no label at hand ------------------------------------------------------------------------------------------------
+# ---- unlabelled samples ----------------------------------------------------------------------------------------------
 
 
 def enumeration_law(cls: type[ConditionalVAE]) -> None:
-    """Without a label a sample counts by -log sum_y p(y) w_y of one draw a label, with one it counts by its ELBO.
-
-    Gradients of all terms as well.
-    """
+    """The loss is -log sum_y p(y) w_y of one draw per label without a label, and -ELBO with one; with gradients."""
     model, x = moved(cls((6,), latent_dim=LATENT, num_classes=K, hidden_dims=(8,)).double()), data()
     for y in (None, torch.full((5,), -1), torch.tensor([-1, 2, -1, 0, -1]), torch.tensor([1, 2, 0, 0, 2])):
-        nll, kl, ratio = of_every_label(model, x, noise_of(model, x))
+        nll, kl, ratio = terms_per_label(model, x, noise_of(model, x))
         terms = model.loss(x, y)
         bound = ((-nll - ratio).exp() / K).sum(1).log()
         rest = ((-nll - ratio).softmax(1) * nll).sum(1)
@@ -110,7 +107,7 @@ def enumeration_law(cls: type[ConditionalVAE]) -> None:
 
 
 class ClosedForm(ConditionalVAE):
-    """Weights with the closed-form KL: more than log p(x) where the codes are good."""
+    """Weights with the closed-form KL, with which the bound can exceed log p(x)."""
 
     def terms(self, x: Tensor, y_BK: Tensor, eps_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nll, kl, _ = super().terms(x, y_BK, eps_BD)
@@ -128,7 +125,7 @@ class NoPrior(ConditionalVAE):
 
 
 class MostLikelyAlone(ConditionalVAE):
-    """The best label's bound in place of the sum."""
+    """The bound of the most likely label in place of the sum."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         eps = torch.randn_like(x[:, : self.latent_dim])
@@ -141,10 +138,10 @@ def test_unlabelled_bound_sums_over_labels() -> None:
     enumeration_law(ConditionalVAE)
 
 
-@pytest.mark.parametrize("rival", [ClosedForm, NoPrior, MostLikelyAlone])
-def test_wrong_sums_over_labels_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [ClosedForm, NoPrior, MostLikelyAlone])
+def test_wrong_sums_over_labels_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        enumeration_law(rival)
+        enumeration_law(mistake)
 
 
 # ---- the evidence ----------------------------------------------------------------------------------------------------
@@ -154,21 +151,21 @@ def test_closed_form_kl_over_labels_exceeds_evidence() -> None:
     found = []
     for cls in (ConditionalVAE, ClosedForm):
         torch.manual_seed(1)
-        model, x, given = at_the_truth(cls, noise=1.5, alike=True)
+        model, x, given = exact_posterior_model(cls, noise=1.5, in_span=True)
         with torch.no_grad():
             found.append(model.loss(x.repeat(4000, 1))["elbo"] - (torch.logsumexp(given, 1) - math.log(K)).mean())
     assert found[0].item() == pytest.approx(0, abs=1e-6)
     assert found[1] > 0.05
 
 
-# ---- codes, samples and labels that are none -------------------------------------------------------------------------
+# ---- codes and scores ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_label_of_code_is_given_or_most_likely(kind: str) -> None:
     shape, net = SHAPES[kind]
     model, x = make(shape=shape, net=net).eval(), data(20, shape)
-    nll, kl, _ = of_every_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
+    nll, kl, _ = terms_per_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
     likely = (-nll - kl).argmax(1)
     assert len(likely.unique()) > 1
     torch.testing.assert_close(model.classify(x), (-nll - kl).log_softmax(1))
@@ -197,7 +194,7 @@ def labelled_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.slow
 def test_trained_model_classifies_and_generates_digits(labelled_digits: Any) -> None:
-    """Chance is 0.1; the judge of the samples is a logistic regression on real digits, right on 85 % of them."""
+    """Samples are classified by a logistic regression that is right on 85 % of real digits; chance is 0.1."""
     x, y, x_test, y_test = labelled_digits
     torch.manual_seed(0)
     model: Any = aezoo.create_model("conditional_vae", (1, 28, 28), hidden_dims=(64,), latent_dim=2)
@@ -209,11 +206,11 @@ def test_trained_model_classifies_and_generates_digits(labelled_digits: Any) -> 
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        told = (model.classify(x_test).argmax(1) == y_test).double().mean().item()
-    judge = LogisticRegression(max_iter=60, tol=1e-2).fit(x[:1500].flatten(1), y[:1500])
+        accuracy = (model.classify(x_test).argmax(1) == y_test).double().mean().item()
+    classifier = LogisticRegression(max_iter=60, tol=1e-2).fit(x[:1500].flatten(1), y[:1500])
     asked = torch.arange(300) % 10
-    drawn = judge.score(model.sample(300, asked).flatten(1), asked)
-    other = judge.score(model.sample(300).flatten(1), asked)
-    assert told > 0.8
+    drawn = classifier.score(model.sample(300, asked).flatten(1), asked)
+    other = classifier.score(model.sample(300).flatten(1), asked)
+    assert accuracy > 0.8
     assert drawn > 0.85
     assert other < 0.25

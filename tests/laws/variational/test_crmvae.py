@@ -51,7 +51,7 @@ from aezoo.models.variational.mvtcae import MVTCAE
 
 
 def with_draws(model: Any, x: Tensor, *draws: Tensor) -> Any:
-    """The loss, whose draws are these in this order."""
+    """The loss with the given noise in the order of its draws."""
     left = iter(draws)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn_like", lambda like: next(left).expand_as(like))
@@ -59,7 +59,7 @@ def with_draws(model: Any, x: Tensor, *draws: Tensor) -> Any:
 
 
 def mean_of(model: Any, x: Tensor, term: str) -> tuple[float, float]:
-    """Of a term over draws, and its standard error."""
+    """The mean of a term over draws, and its standard error."""
     with torch.no_grad():
         found = torch.stack([model.loss(x.repeat(500, 1))[term] for _ in range(10)])
     return found.mean().item(), found.std().item() / math.sqrt(10)
@@ -70,7 +70,7 @@ def mean_of(model: Any, x: Tensor, term: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("alpha", [None, 0.7])
 def test_loss_is_mean_of_bounds_by_torch_distributions(alpha: float | None, shifted: Any) -> None:
-    """One after the other, as the docstring has them: that of the prior, and one for each part."""
+    """The bounds of the model's docstring one after the other: with the prior, and for each part."""
     model, x = small(CRMVAE, shifted, beta=3.0, alpha=alpha), images()
     draws = torch.randn(5, CODE, dtype=torch.float64), torch.randn(5, 3, CODE, dtype=torch.float64)
     terms = with_draws(model, x, *draws)
@@ -85,14 +85,14 @@ def test_loss_is_mean_of_bounds_by_torch_distributions(alpha: float | None, shif
 
     joint = nll(mean + precision**-0.5 * draws[0])
     bounds = [sum(joint) + 3.0 * D.kl_divergence(q, PRIOR)]
-    said = []
+    own_nll = []
     for i, (mu, log_var) in enumerate(own):
-        said.append(nll(mu + (0.5 * log_var).exp() * draws[1][:, i])[i])
+        own_nll.append(nll(mu + (0.5 * log_var).exp() * draws[1][:, i])[i])
         others = sum(joint[j] for j in range(3) if j != i)
-        bounds.append(others + said[i] + 3.0 * D.kl_divergence(q, normal(mu, log_var)))
+        bounds.append(others + own_nll[i] + 3.0 * D.kl_divergence(q, normal(mu, log_var)))
     share = 0.75 if alpha is None else alpha
     fit, kl = sum(joint), D.kl_divergence(q, PRIOR)
-    expected = {"loss": (1 - share) * bounds[0] + share / 3 * sum(bounds[1:]), "own_nll": sum(said)}
+    expected = {"loss": (1 - share) * bounds[0] + share / 3 * sum(bounds[1:]), "own_nll": sum(own_nll)}
     expected |= {
         "nll": fit,
         "kl": kl,
@@ -111,7 +111,7 @@ def test_default_alpha_weights_all_bounds_equally(m: int) -> None:
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("parts", [(2, 4), (1, 2, 3), (1,) * 6])
 def test_likelihood_weights_sum_to_one_per_modality(parts: tuple[int, ...], alpha: float | None, shifted: Any) -> None:
-    """Decoders that heed no code have the same likelihood from whichever; without the KLs it is what is left."""
+    """With decoders that ignore the code all reconstructions are equal; with beta = 0 the loss is their NLL."""
     model, x = small(CRMVAE, shifted, parts=parts, alpha=alpha, beta=0.0, hidden_dims=()), images()
     with torch.no_grad():
         for p in model.decoder.parameters():
@@ -151,11 +151,11 @@ def test_modality_is_decoded_from_joint_and_own_code(shifted: Any) -> None:
             assert all(g is not None for g in torch.autograd.grad(terms[term], [*net.parameters()], None, True))
 
 
-# ---- what it is a bound of -------------------------------------------------------------------------------------------
+# ---- relation to the evidence ----------------------------------------------------------------------------------------
 
 
-def of_one_part() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
-    """A linear model whose posterior its encoder says, samples, their evidence, and KL(q || p)."""
+def one_part_model() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
+    """A linear model of one part with the encoder at the exact posterior, samples, their evidence, and KL(q || p)."""
     exact, _, x = exact_model(CRMVAE)
     w, m = exact.stacked(range(3))
     model: Any = CRMVAE((9,), parts=(9,), latent_dim=2, hidden_dims=(), likelihood=f"gaussian:{SCALE}").double()
@@ -173,7 +173,7 @@ def of_one_part() -> tuple[Any, Tensor, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
 def test_exact_posterior_bound_exceeds_evidence_by_omitted_terms(alpha: float) -> None:
-    model, x, evidence, kl = of_one_part()
+    model, x, evidence, kl = one_part_model()
     model.alpha, model.all_alike = alpha, False
     for term, sign, expected in (("elbo", 1, evidence), ("loss", -1, evidence + alpha * kl)):
         found, error = mean_of(model, x, term)
@@ -207,7 +207,7 @@ def test_bound_is_below_evidence_with_encoder_prior(shifted: Any) -> None:
 
 
 def test_linear_model_own_reconstructions_match_closed_form() -> None:
-    """E |x_i - W_i z - m_i|^2 over what encoder i says, in numpy."""
+    """From E |x_i - W_i z - m_i|^2 over the posterior of encoder i, in numpy."""
     exact, model, x = exact_model(CRMVAE)
     expected = 9 / 2 * math.log(2 * math.pi * SCALE**2)
     for x_i, w, m in zip(np.split(x.numpy(), np.cumsum(SIZES)[:-1], 1), exact.w, exact.m, strict=True):
@@ -219,7 +219,7 @@ def test_linear_model_own_reconstructions_match_closed_form() -> None:
     assert found == pytest.approx(expected, abs=5 * error) and error < 0.05
 
 
-def test_alpha_is_a_share_and_leaves_a_kl() -> None:
+def test_invalid_alpha_is_refused() -> None:
     assert CRMVAE(SHAPE, alpha=1.0).alpha == 1.0 and CRMVAE((1,)).alpha == 0.5
     for alpha in (-0.1, 1.1):
         with pytest.raises(AezooError, match="alpha must be from 0 to 1"):

@@ -1,4 +1,4 @@
-"""Laws of Denoising VAE (Im et al. 2015)."""
+"""Laws of the denoising VAE (Im et al. 2015)."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from perceptual_distance_laws import (
     SHAPE,
     decoded,
     images,
+    model_and_vae,
     same,
     small,
-    twins,
 )
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from aezoo.models.variational.denoising_vae import DenoisingVAE
 
 @pytest.mark.parametrize("training", [True, False])
 def test_no_corruption_equals_vae(training: bool, shifted: Any) -> None:
-    same(*twins(DenoisingVAE, shifted, {"beta": 2.0}, corruption="none", beta=2.0), training)
+    same(*model_and_vae(DenoisingVAE, shifted, {"beta": 2.0}, corruption="none", beta=2.0), training)
 
 
 @pytest.mark.parametrize("corruption", ["gaussian:0.3", "masking:0.4", "salt_and_pepper:0.3"])
@@ -48,7 +48,7 @@ def test_corrupted_input_and_clean_target(corruption: str, shifted: Any) -> None
 
 
 def test_inference_does_not_corrupt_samples(shifted: Any) -> None:
-    model, vae = twins(DenoisingVAE, shifted, {})
+    model, vae = model_and_vae(DenoisingVAE, shifted, {})
     x, found = images(), []
     for each in (model.eval(), vae.eval()):
         torch.manual_seed(5)
@@ -58,7 +58,7 @@ def test_inference_does_not_corrupt_samples(shifted: Any) -> None:
 
 
 def test_bound_is_below_evidence_and_falls_with_noise(shifted: Any) -> None:
-    """Against the exact log p(x) of a linear decoder: whatever posterior the corruption makes, it is a bound."""
+    """Against the exact log p(x) of a linear decoder: the ELBO is a bound for any corruption."""
     x, found = images(200), []
     for corruption in ("none", "gaussian:0.2", "gaussian:2"):
         torch.manual_seed(0)

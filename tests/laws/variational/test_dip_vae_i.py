@@ -37,7 +37,7 @@ class PyTorchVAEDIP(DIPVAEII):
 
 
 def identity_law(cls: Any, s2: float) -> None:
-    """Means with covariance (1 - s2) I and variances s2 on average cost nothing where s2 counts, else 0.25 D of it."""
+    """Means with covariance (1 - s2) I and variances of mean s2 have no penalty; DIP-VAE-I ignores them (s2 = 0)."""
     mu, log_var = whitened(64)
     terms = at(small(cls), mu * math.sqrt(1 - s2), log_var + math.log(s2 or 1)).loss(images(64))
     assert abs(terms["off_diagonal"].item()) < 1e-20
@@ -72,5 +72,5 @@ def test_penalty_is_accurate_for_distant_codes() -> None:
 def test_wrong_covariance_penalties_are_detected(law: Any) -> None:
     with pytest.raises(AssertionError):
         law(PyTorchVAEDIP)
-    with pytest.raises(AssertionError):  # nor is the one model the other
+    with pytest.raises(AssertionError):  # DIP-VAE-I is not DIP-VAE-II
         law(DIPVAEI)

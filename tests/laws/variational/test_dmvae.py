@@ -56,7 +56,7 @@ def with_noise(model: Any, x: Tensor, eps: Tensor | None = None) -> Any:
 
 
 def own(model: Any, x: Tensor) -> list[tuple[Tensor, ...]]:
-    """Of each part: mean and log-variance of u, then of w."""
+    """For each part mean and log-variance of u, then of w."""
     found = []
     for net, part in zip(model.encoder, x.split(PARTS, 1), strict=True):
         (mu, mu_w), (log_var, log_var_w) = (v.split([CODE, P], 1) for v in net(part).chunk(2, 1))
@@ -65,7 +65,7 @@ def own(model: Any, x: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def product(experts: list[tuple[Tensor, ...]]) -> D.Independent:
-    """Of the shared codes and the prior."""
+    """The product of the experts of the shared code and the prior."""
     precision = 1 + sum(1 / log_var.exp() for _, log_var, *_ in experts)
     mean = sum(mu / log_var.exp() for mu, log_var, *_ in experts) / precision
     return D.Independent(D.Normal(mean, precision**-0.5), 1)
@@ -75,15 +75,14 @@ def product(experts: list[tuple[Tensor, ...]]) -> D.Independent:
 
 
 def test_loss_is_joint_elbo_plus_shared_code_elbos(shifted: Any) -> None:
-    """Values and gradients of all terms."""
     model, x, eps = small(shifted, beta=3.0), images(), torch.randn(5, 1 + M, C, dtype=torch.float64)
-    terms, said = with_noise(model, x, eps), own(model, x)
+    terms, parts = with_noise(model, x, eps), own(model, x)
     private = D.Independent(D.Normal(torch.zeros(P).double(), torch.ones(P).double()), 1)
-    kl_w = sum(D.kl_divergence(normal(*expert[2:]), private) for expert in said)
+    kl_w = sum(D.kl_divergence(normal(*expert[2:]), private) for expert in parts)
     nll, kl = [], []
-    for s, chosen in enumerate([said, said[:1], said[1:2], said[2:]]):
+    for s, chosen in enumerate([parts, parts[:1], parts[1:2], parts[2:]]):
         q, (eps_u, *eps_w) = product(chosen), eps[:, s].split([CODE, P, P, P], 1)
-        w = [mu + (0.5 * log_var).exp() * e for (*_, mu, log_var), e in zip(said, eps_w, strict=True)]
+        w = [mu + (0.5 * log_var).exp() * e for (*_, mu, log_var), e in zip(parts, eps_w, strict=True)]
         u = q.mean + q.stddev * eps_u
         x_hat = torch.cat([model.decoder[i](torch.cat([u, w[i]], 1)) for i in range(M)], 1).sigmoid()
         nll.append(-D.Bernoulli(probs=x_hat, validate_args=False).log_prob(x).flatten(1).sum(1))
@@ -96,7 +95,7 @@ def test_loss_is_joint_elbo_plus_shared_code_elbos(shifted: Any) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_without_private_codes_joint_elbo_equals_mvae(training: bool, shifted: Any) -> None:
-    """The others are not: there each part is decoded from its own code only."""
+    """Only the joint ELBO: MVAE's ELBO of a single part decodes this part alone."""
     model, x = small(shifted, private_dim=0, beta=3.0), images()
     other = MVAE(SHAPE, parts=PARTS, latent_dim=CODE, hidden_dims=(8,), beta=3.0, n_subsets=0).double()
     other.load_state_dict(model.state_dict())
@@ -136,8 +135,8 @@ def test_one_modality_equals_vae_with_prior_expert(training: bool, shifted: Any)
     assert model.loss(x)["cross_nelbo"] == 0
 
 
-def test_private_code_stays_and_shared_code_reaches_all(shifted: Any) -> None:
-    """Gradients of the likelihood of each part in the mean over terms, by what the three encoders say."""
+def test_private_codes_affect_their_own_part_only(shifted: Any) -> None:
+    """Gradients of the likelihood of each part by the means and log-variances of the three encoders."""
     model, x = small(shifted, beta=0.0), images()
     values = [v.detach().requires_grad_() for v in model.experts(x)]
     model.experts = lambda x, parts=None: tuple(values)
@@ -157,15 +156,15 @@ def test_private_code_stays_and_shared_code_reaches_all(shifted: Any) -> None:
 
 def test_codes_are_shared_product_and_private_or_prior(shifted: Any) -> None:
     model, x = small(shifted).eval(), images()
-    said = own(model, x)
+    parts = own(model, x)
     for chosen in [order for subset in SUBSETS for order in itertools.permutations(subset)]:
-        q = product([said[i] for i in chosen])
+        q = product([parts[i] for i in chosen])
         mean, log_var = model.infer(x, chosen)
         torch.testing.assert_close(mean[:, :CODE], q.mean)
         torch.testing.assert_close(log_var[:, :CODE].exp(), q.variance)
         for values, k in ((mean, 2), (log_var, 3)):
             for i, w in enumerate(values[:, CODE:].split(P, 1)):
-                torch.testing.assert_close(w, said[i][k] if i in chosen else torch.zeros_like(w), rtol=0, atol=0)
+                torch.testing.assert_close(w, parts[i][k] if i in chosen else torch.zeros_like(w), rtol=0, atol=0)
     assert model.encode(x).shape == (5, C) == (5, *model.code_shape)
 
 
@@ -183,7 +182,7 @@ SIZES, SCALE = (3, 4, 2), 0.6
 
 
 class Linear:
-    """x_i = U_i u + W_i w_i + m_i + noise, the columns of each [U_i W_i] orthogonal: posteriors are diagonal. In numpy.
+    """x_i = U_i u + W_i w_i + m_i + noise with orthogonal columns of each [U_i W_i], for diagonal posteriors; in numpy.
 
     Codes are (u, w_1, w_2, w_3), one number each.
     """
@@ -213,7 +212,7 @@ class Linear:
         return (self.x - self.m)[:, [*rows]] @ loads * variance / SCALE**2, variance
 
     def model(self) -> Any:
-        """Decoders, and encoders that say p(x_i|u) as a function of u, and p(w_i|x_i)."""
+        """A DMVAE with these decoders, and encoders at p(x_i|u) as a function of u, and p(w_i|x_i)."""
         made: Any = DMVAE(
             (9,), parts=SIZES, latent_dim=1, private_dim=1, hidden_dims=(), likelihood=f"gaussian:{SCALE}"
         ).double()
@@ -244,7 +243,7 @@ def test_exact_likelihood_experts_give_any_posterior(chosen: tuple[int, ...]) ->
 
 
 def test_exact_posterior_weights_equal_evidence() -> None:
-    """An ELBO is below the evidence by the KL of the posterior that it draws from to that of the model."""
+    """Each ELBO is below the evidence by the KL of its posterior from the exact one."""
     linear = Linear()
     model, x, evidence = linear.model(), torch.from_numpy(linear.x), linear.evidence()
     np.testing.assert_allclose(model.log_likelihood(x, 1).numpy(), evidence, rtol=1e-7)
@@ -269,7 +268,7 @@ def test_bounds_hold_and_importance_samples_find_evidence(shifted: Any) -> None:
     with torch.no_grad():
         for net in model.encoder:
             (down,) = (m for m in net.modules() if isinstance(m, nn.Linear))
-            down.bias[2:] += 1.0  # less sure than the true ones
+            down.bias[2:] += 1.0  # wider than the exact posteriors
         found = torch.stack([model.loss(x.repeat(500, 1))["elbo"] for _ in range(10)])
     assert evidence.mean() - found.mean() > 5 * found.std() / math.sqrt(10)
     np.testing.assert_allclose(model.log_likelihood(x, 20_000).numpy(), evidence, atol=0.1)
@@ -277,7 +276,7 @@ def test_bounds_hold_and_importance_samples_find_evidence(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_training_separates_shared_and_private_factors() -> None:
-    """Of two parts with one number in common and one of each alone."""
+    """For two parts with one common factor and one private factor each."""
     common, *alone = torch.randn(3, 500)
     loads = [torch.linalg.qr(torch.randn(3, 2))[0] for _ in alone]
     x = torch.cat([torch.stack([common, own], 1) @ w.T for own, w in zip(alone, loads, strict=True)], 1)
@@ -294,12 +293,12 @@ def test_training_separates_shared_and_private_factors() -> None:
         from_first = model.reconstruct_from(x, (0,))[:, 3:]
     correlations = torch.corrcoef(codes)[:3, 3:].abs()
     assert (correlations.diagonal() > 0.9).all() and (correlations - torch.diag(correlations.diagonal()) < 0.2).all()
-    # of the second part the first knows what is common
+    # the first part predicts the common factor in the second part
     wanted = common[:, None] * loads[1][:, 0]
     assert (from_first - wanted).square().sum() < 0.15 * wanted.square().sum()
 
 
-# ---- the zoo ---------------------------------------------------------------------------------------------------------
+# ---- invalid values --------------------------------------------------------------------------------------------------
 
 
 def test_invalid_code_sizes_are_refused() -> None:

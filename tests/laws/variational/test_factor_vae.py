@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from adversarial_laws import (  # noqa: F401
     CODE,
     images,
-    sets,
+    player_parameters,
     small,
     test_beta_and_capacity_apply_to_kl_term,
-    test_indifferent_discriminator_pays_log_2_per_class,
     test_inference_equals_vae,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
@@ -22,6 +21,7 @@ from adversarial_laws import (  # noqa: F401
     test_resumed_networks_use_requested_learning_rates,
     test_training_matches_separate_optimisers,
     test_two_ranks_equal_one_process,
+    test_zero_logits_cost_log_2_per_term,
     trained,
 )
 from gradient_laws import (  # noqa: F401
@@ -70,7 +70,7 @@ def test_zero_gamma_has_vae_loss_and_gradient(training: bool, shifted: Any) -> N
     for term in ("loss", "nll", "kl", "elbo"):
         torch.testing.assert_close(found[0][term], found[1][term], rtol=0, atol=1e-5)
         torch.testing.assert_close(found[0][term], found[1][term], rtol=1e-12, atol=1e-12)
-    for p, q in zip(sets(model)["vae"], vae.parameters(), strict=True):
+    for p, q in zip(player_parameters(model)["vae"], vae.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
@@ -82,30 +82,30 @@ def test_permuted_codes_keep_marginals_and_are_independent() -> None:
     off = ~torch.eye(CODE, dtype=torch.bool)
     assert np.corrcoef(z.T.numpy())[off.numpy()].min() > 0.8
     assert np.abs(np.corrcoef(permuted.T.numpy())[off.numpy()]).max() < 0.08
-    # whole rows in another order, as after torch.randperm(len(z)), keep the dependence; so do whole columns in another
+    # permuting whole rows or whole columns keeps the dependence
     assert np.corrcoef(z[torch.randperm(4000)].T.numpy())[off.numpy()].min() > 0.8
     columns = z[:, torch.randperm(CODE)]
     assert np.corrcoef(columns.T.numpy())[off.numpy()].min() > 0.8
 
 
-def test_every_permutation_of_a_column_is_as_likely() -> None:
+def test_column_permutations_are_equally_likely() -> None:
     model, z = small("factor_vae"), torch.arange(3, dtype=torch.float64)[:, None].expand(3, CODE)
     orders = torch.cat([model.permute_dims(z).T for _ in range(1200)])
     codes, counts = (orders @ torch.tensor([9.0, 3.0, 1.0]).double()).unique(return_counts=True)
     assert len(codes) == 6
     chi2 = float(((counts - 1000) ** 2 / 1000).sum())
-    assert chi2 < 20.5  # 5 degrees of freedom: 0.1 %
+    assert chi2 < 20.5  # 99.9 % quantile for 5 degrees of freedom
 
 
 def at(model: Any, z: Tensor) -> Any:
-    """The model with given codes for a batch of their size."""
+    """The model with a posterior concentrated at the given codes."""
     model.posterior = lambda x: (z, torch.full_like(z, -60.0))
     return model
 
 
 @pytest.mark.slow
 def test_optimal_discriminator_is_log_density_ratio() -> None:
-    """Of a Gaussian of correlation rho: TC = -1/2 log(1 - rho^2), and t(z) is the log ratio at every point."""
+    """For a Gaussian with correlation rho: TC = -1/2 log(1 - rho^2), and t(z) is the log ratio at every point."""
     rho, n = 0.8, 1024
     model: Any = aezoo.create_model(
         "factor_vae", input_shape=(1,), latent_dim=2, hidden_dims=(), discriminator_dims=(64, 64)
@@ -130,7 +130,7 @@ def test_optimal_discriminator_is_log_density_ratio() -> None:
     assert ratio.mean().item() == pytest.approx(tc, abs=0.02)
     assert terms["tc"].item() == pytest.approx(tc, abs=0.04)
     assert (t - ratio).square().mean().sqrt() < 0.15
-    # the optimum of its own loss is log 2 less the Jensen-Shannon divergence
+    # the least loss of the discriminator is log 2 minus the Jensen-Shannon divergence
     product = normal.sample((20_000, 2))
     other = joint.log_prob(product) - normal.log_prob(product).sum(1)
     least = 0.5 * (F.softplus(-ratio).mean() + F.softplus(other).mean())

@@ -1,4 +1,4 @@
-"""Laws of VAE with a normalising-flow prior (Dinh et al. 2016)."""
+"""Laws of the VAE with a normalising-flow prior (Dinh et al. 2016)."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ def test_log_determinant_matches_autograd_jacobian(name: str, latent_dim: int) -
     expected = density(model, z)
     torch.testing.assert_close(model.log_prior(z), expected)
     torch.testing.assert_close(model.log_prior(torch.stack([z + 1, z]))[1], expected)
-    wrong = 2 * D.Normal(0.0, 1.0).log_prob(through(model, z)).sum(1) - expected  # of a determinant upside down
+    wrong = 2 * D.Normal(0.0, 1.0).log_prob(through(model, z)).sum(1) - expected  # with the inverse determinant
     assert (wrong - expected).abs().max() > 0.1
 
 
@@ -51,7 +51,7 @@ def test_realnvp_matches_zuko() -> None:
         for layer, theirs in zip(model.flow, flow.transform.transforms, strict=True):
             first, _, second, _, last = layer.net
             kept = theirs.mask
-            rows = torch.stack([torch.arange(5), 5 + torch.arange(5)], 1)[~kept].flatten()  # they interleave m and a
+            rows = torch.stack([torch.arange(5), 5 + torch.arange(5)], 1)[~kept].flatten()  # zuko interleaves m and a
             given = [first.weight[:, kept], first.bias, second.weight, second.bias, last.weight[rows], last.bias[rows]]
             for parameter, value in zip(theirs.hyper.parameters(), given, strict=True):
                 parameter.copy_(value)
@@ -129,7 +129,7 @@ def test_score_evaluates_flow_at_posterior_mean(name: str) -> None:
     model, x = small(name), data()
     with torch.no_grad():
         model.encoder[-2].weight[3:] = 0
-        model.encoder[-2].bias[3:] = -25.0  # no noise: the change is the same everywhere under q
+        model.encoder[-2].bias[3:] = -25.0  # so narrow that the flow is linear under q
         mu, log_var = model.posterior(x)
         entropy = 0.5 * (1 + log_var + math.log(2 * math.pi)).sum(1)
         expected = model.nll(model.decoder(mu), x) - entropy - density(model, mu)

@@ -1,4 +1,4 @@
-"""Laws of the VAE with Gamma codes: its KL, exact gradients of draws, densities, bounds, limits, and known mistakes."""
+"""Laws of the VAE with Gamma codes: KL, exact gradients of draws, densities, bounds, limits, known mistakes."""
 
 import math
 from itertools import pairwise
@@ -51,7 +51,7 @@ def drawn(model: Any, alpha: Tensor, rho: Tensor, n: int) -> Tensor:
 
 
 class PyTorchVAE(GammaVAE):
-    """Draws Gamma(alpha + 8) without a gradient in alpha; its KL has rates for shapes, and the prior first."""
+    """Draws Gamma(alpha + 8) without a gradient by alpha; its KL swaps shapes with rates, and q with the prior."""
 
     def kl(self, alpha_BD: Tensor, rho_BD: Tensor) -> Tensor:  # type: ignore[override]
         prior = D.Gamma(torch.full_like(rho_BD, self.prior_rate), torch.full_like(alpha_BD, self.prior_shape))
@@ -65,7 +65,7 @@ class PyTorchVAE(GammaVAE):
 
 
 class Rejection(GammaVAE):
-    """Marsaglia and Tsang's accepted draws of a shape above 1, their gradient without that of who is accepted."""
+    """Marsaglia and Tsang's rejection sampler for shapes above 1, without the gradient of the acceptance."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         alpha, rho = self.posterior(x)
@@ -80,7 +80,7 @@ class Rejection(GammaVAE):
 
 
 def kl_law(make: Any) -> None:
-    """KL and its gradients are those of torch.distributions; 0 where q is the prior only."""
+    """KL and its gradients are those of torch.distributions; 0 only if q is the prior."""
     for a, b in ((2.0, 1.0), (0.3, 0.3), (1.0, 4.0), (30.0, 0.5)):
         model = small(make, prior_shape=a, prior_rate=b)
         alpha, rho = (t.requires_grad_() for t in posteriors(40))
@@ -116,8 +116,8 @@ def test_the_kl_is_the_integral_of_the_log_ratio(alpha: float, rho: float) -> No
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_codes_of_a_large_shape_have_the_gaussian_kl() -> None:
-    """Standardised, Gamma(a, b) is N(0, 1) in the limit; the next order falls as 1 / sqrt(a)."""
+def test_kl_tends_to_gaussian_kl_for_large_shapes() -> None:
+    """Standardised Gamma(a, b) tends to N(0, 1) with an error of order 1 / sqrt(a)."""
     mu, sigma = torch.tensor([[0.7, -1.2, 0.0, 2.0]]).double(), torch.tensor([[1.0, 0.3, 2.0, 0.6]]).double()
     expected = D.kl_divergence(D.Normal(mu, sigma), D.Normal(0.0, 1.0)).sum().item()
     off = []
@@ -152,14 +152,14 @@ def test_gamma_draw_gradients_match_closed_forms() -> None:
     gradient_law(GammaVAE)
 
 
-@pytest.mark.parametrize("rival", [PyTorchVAE, Rejection])
-def test_wrong_draw_gradients_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [PyTorchVAE, Rejection])
+def test_wrong_draw_gradients_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        gradient_law(rival, (1.0, 1.0, 1.5, 2.0))
+        gradient_law(mistake, (1.0, 1.0, 1.5, 2.0))
 
 
 def test_draw_gradient_is_quantile_derivative() -> None:
-    """dz/dalpha at the level F(z) of each draw, by scipy; -z / rho in the rate."""
+    """dz/dalpha at constant F(z) of each draw, by scipy; dz/drho is -z / rho."""
     alpha = torch.tensor([[0.2, 0.9, 4.0, 70.0]], dtype=torch.float64).expand(200, -1).clone().requires_grad_()
     rho = torch.full_like(alpha, 2.0).requires_grad_()
     z = drawn(small(), alpha, rho, 200)
@@ -171,8 +171,8 @@ def test_draw_gradient_is_quantile_derivative() -> None:
     np.testing.assert_allclose(in_alpha.numpy()[sound], expected[sound], rtol=5e-3)
 
 
-def test_codes_of_all_kinds_are_gamma_distributed() -> None:
-    """Of the loss, of importance samples and of the prior, by Kolmogorov and Smirnov."""
+def test_all_draws_are_gamma_distributed() -> None:
+    """Those of the loss, importance samples and samples of the prior, by the Kolmogorov-Smirnov test."""
     alpha, rho = torch.tensor([[0.3, 1.0, 5.0, 40.0]]).double(), torch.tensor([[3.0, 1.0, 0.2, 8.0]]).double()
     model = small(prior_shape=0.6, prior_rate=2.5)
     of_loss = drawn(model, alpha, rho, 4000)
@@ -210,7 +210,7 @@ def test_sharp_posterior_densities_are_exact_in_float32() -> None:
 
 
 def test_the_elbo_is_the_mean_log_weight(shifted: Any) -> None:
-    """Draws, log q, log p, KL and likelihood belong together; the code is the mean."""
+    """Draws, log q, log p, KL and likelihood are consistent; the code is the mean."""
     model, x = shifted(small(beta=3.0)).eval(), images(3)
     alpha, rho = model.posterior(x)
     assert torch.equal(model.encode(x), alpha / rho) and torch.equal(model.encode(x), model.encode(x))
@@ -235,7 +235,7 @@ def test_the_elbo_is_the_mean_log_weight(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_elbo_iwae_and_evidence_are_ordered(shifted: Any) -> None:
-    """Log p(x) by the prior's quantiles on a grid of two codes."""
+    """With log p(x) by a mean over a grid of the prior's quantiles."""
     model, x = shifted(small(latent_dim=2, prior_shape=0.8, prior_rate=0.5)).eval(), images(4)
     with torch.no_grad():
         model.decoder[1].weight *= 2
@@ -290,7 +290,7 @@ def test_training_through_gamma_draws_beats_constant_code(adam: Any, digits: Ten
     model = aezoo.create_model("gamma_vae", (1, 8, 8), latent_dim=6, hidden_dims=(48,))
     x = digits[:600].float()
     mean = x.mean(0).clamp(1e-6, 1 - 1e-6)
-    blind = (x * mean.log() + (1 - x) * (1 - mean).log()).flatten(1).sum(1).mean()  # of the best code that says nothing
+    blind = (x * mean.log() + (1 - x) * (1 - mean).log()).flatten(1).sum(1).mean()  # of a constant
     adam(model, x, steps=350, lr=5e-3, batch=100)
     terms = model.loss(x)
     assert terms["elbo"].item() > blind.item() + 1

@@ -1,4 +1,4 @@
-"""Laws of Top-down hierarchical VAE with free bits (Kingma et al. 2016)."""
+"""Laws of the top-down hierarchical VAE with free bits (Kingma et al. 2016)."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ from aezoo.nets.blocks.levels import Level
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
-class DrawsTheTopTwice(HierarchicalVAE):
-    """The posterior below is conditioned on one draw of the top, the decoder sees another (`autoencoders` 0.6.8)."""
+class TwoDrawsOfTheTop(HierarchicalVAE):
+    """The level below and the decoder get different draws of the top level (`autoencoders` 0.6.8)."""
 
     def top_down(self, h_L: list[Tensor], draw: bool) -> list[Level]:
         *low, top = super().top_down(h_L, draw)
@@ -47,20 +47,20 @@ class BottomWithoutPrior(HierarchicalVAE):
         return [bottom._replace(m=0 * bottom.m, log_s2=0 * bottom.m), *rest]
 
 
-class LosesTheTopsGradient(HierarchicalVAE):
-    """The levels below see a constant."""
+class DetachedLevels(HierarchicalVAE):
+    """No gradient passes from a level to the one above."""
 
     def q_and_p(self, h_L: list[Tensor], above: list[Tensor]) -> Any:
         return super().q_and_p(h_L, [z.detach() for z in above])
 
 
 @pytest.mark.parametrize(
-    ("rival", "law"),
-    [(DrawsTheTopTwice, draw_law), (BottomWithoutPrior, bound_law), (LosesTheTopsGradient, bound_law)],
+    ("mistake", "law"),
+    [(TwoDrawsOfTheTop, draw_law), (BottomWithoutPrior, bound_law), (DetachedLevels, bound_law)],
     ids=lambda value: value.__name__,
 )
-def test_wrong_hierarchies_are_detected(rival: Any, law: Any, shifted: Any) -> None:
-    model = shifted(rival(SHAPE, latent_dims=(5, 4, 3), level_dim=11, hidden_dims=(16,))).double()
+def test_wrong_hierarchies_are_detected(mistake: Any, law: Any, shifted: Any) -> None:
+    model = shifted(mistake(SHAPE, latent_dims=(5, 4, 3), level_dim=11, hidden_dims=(16,))).double()
     with pytest.raises(AssertionError):
         law(model, concatenated)
 

@@ -1,4 +1,4 @@
-"""Laws of Hamiltonian VAE (Caterini et al. 2018)."""
+"""Laws of the Hamiltonian VAE (Caterini et al. 2018)."""
 
 import math
 from itertools import pairwise
@@ -94,7 +94,7 @@ def test_leapfrog_is_reversible_and_nearly_conserves_energy(shifted: Any) -> Non
             model.step_D.fill_(math.log(step_size / (0.5 - step_size)))
         assert model.step().tolist() == pytest.approx([step_size] * 4)
         drift.append((energy(*model.leapfrog(x, z, rho)) - energy(z, rho)).abs().max().item())
-    assert drift[0] < 0.2 and drift[1] < drift[0] / 2  # of second order, at a path half as long
+    assert drift[0] < 0.2 and drift[1] < drift[0] / 2  # of second order, for a path of half the length
 
 
 def test_leapfrog_steps_match_paper(shifted: Any) -> None:
@@ -122,7 +122,7 @@ def test_leapfrog_steps_match_paper(shifted: Any) -> None:
 
 
 def test_bound_matches_joint_density(shifted: Any) -> None:
-    """Log p(x, z_K) + log N(rho_K) - log q(z_0) - log N(rho_0; 0, 1/beta_0) + D/2 log beta_0, the last the Jacobian."""
+    """Log p(x, z_K) + log N(rho_K) - log q(z_0) - log N(rho_0; 0, 1/beta_0) + D/2 log beta_0 (the Jacobian)."""
     model, x = shifted(small(n_leapfrog=3, beta_0=0.3, step_size=0.1)).double(), images(6)
     z, log_q, gamma = draws_of(model, x, 5)
     terms = model.loss(x)
@@ -139,7 +139,7 @@ def test_bound_matches_joint_density(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_bound_rises_with_steps_below_evidence() -> None:
-    """By the cooling only: a flow that keeps p(x, z) N(rho) keeps the distance from it too."""
+    """By the cooling only: a flow that preserves p(x, z) N(rho) does not change the distance from it."""
     x = normals(8, 6)
     gaps = []
     for k in (0, 2, 4, 8, 16):
@@ -155,7 +155,7 @@ def test_bound_rises_with_steps_below_evidence() -> None:
 
 @pytest.mark.slow
 def test_importance_weights_of_the_flow_are_unbiased() -> None:
-    """E[p / q] over draws is p(x): a wrong sign or factor in the momentum's term would show."""
+    """E[p / q] over draws is p(x): a wrong sign or factor of the momentum term would be detected."""
     torch.manual_seed(0)
     model, x = linear(3, 6, n_leapfrog=3, step_size=0.15, beta_0=0.5), normals(4, 6)
     top = evidence(model, x)
@@ -164,7 +164,7 @@ def test_importance_weights_of_the_flow_are_unbiased() -> None:
     assert (low < top).all()
 
     class Forgetful(HVAE):
-        """Counts the momentum at the end only."""
+        """Without the initial momentum."""
 
         def flow(self, x: Tensor, z_BD: Tensor, gamma_BD: Tensor) -> tuple[Tensor, Tensor]:
             z_BD, rho_BD = self.leapfrog(x, z_BD, gamma_BD * self.cooling[0] ** -1)
@@ -174,8 +174,8 @@ def test_importance_weights_of_the_flow_are_unbiased() -> None:
     assert (model.log_likelihood(x, 20_000) - top).abs().min() > 0.3
 
 
-def test_the_gradient_passes_through_the_decoder_s_gradient(shifted: Any) -> None:
-    """Of all parameters, step size and encoder included, against finite differences of the loss at fixed noise."""
+def test_loss_gradient_matches_finite_differences(shifted: Any) -> None:
+    """For all parameters, including the step size and the encoder, at fixed noise."""
     model, x = shifted(small(n_leapfrog=2, step_size=0.1)).double(), images(4)
 
     def loss() -> Tensor:
@@ -196,7 +196,7 @@ def test_the_gradient_passes_through_the_decoder_s_gradient(shifted: Any) -> Non
         assert (p.grad * way).sum().item() == pytest.approx(((high - low) / 2e-5).item(), rel=1e-4, abs=1e-7)
 
 
-def test_bad_settings_of_the_hvae_are_refused() -> None:
+def test_invalid_hvae_settings_are_refused() -> None:
     for setting in ({"n_leapfrog": -1}, {"step_size": 0.0}, {"step_size": 0.5}, {"beta_0": 0.0}, {"beta_0": 1.1}):
         with pytest.raises(AezooError, match=next(iter(setting))):
             small(**setting)

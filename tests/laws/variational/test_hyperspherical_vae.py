@@ -1,4 +1,4 @@
-"""Laws of Hyperspherical VAE (Davidson et al. 2018)."""
+"""Laws of the hyperspherical VAE (Davidson et al. 2018)."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ def sphere(d: int, family: str, **settings: Any) -> Any:
     ).double()
 
 
-def about_mean(d: int, family: str) -> Any:
+def family_of(d: int, family: str) -> Any:
     return manifold.FAMILIES[family](d)
 
 
@@ -44,7 +44,7 @@ def spread(kappa: float, like: Tensor) -> Tensor:
 
 
 def reference_entropy(d: int, family: str, kappa: float) -> float:
-    """Of the density on the sphere, by scipy."""
+    """The entropy of the density on the sphere, by scipy."""
     if family == "vmf":
         return float(stats.vonmises_fisher(np.eye(d)[0], kappa).entropy())
     a, b = (d - 1) / 2 + kappa, (d - 1) / 2  # De Cao & Aziz 2020, equations 6 and 17
@@ -80,7 +80,7 @@ def test_kl_gradient_matches_reference(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_density_integrates_to_one_over_the_sphere(family: str) -> None:
-    q, mu = about_mean(3, family), directions(1, 3)
+    q, mu = family_of(3, family), directions(1, 3)
     heights = torch.linspace(-1, 1, 2001, dtype=torch.float64)[:-1] + 5e-4
     turns = torch.arange(400, dtype=torch.float64) * 2 * math.pi / 400
     height, turn = torch.meshgrid(heights, turns, indexing="ij")
@@ -126,7 +126,7 @@ def test_concentration_is_a_scaled_softplus(scale: float | None, factor: float) 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hyperspherical_elbo_is_the_mean_log_weight(family: str, shifted: Any) -> None:
-    """Draws, log q, log p, KL and likelihood belong together; codes stay on the sphere."""
+    """Draws, log q, log p, KL and likelihood are consistent; codes are on the sphere."""
     model, x = shifted(sphere(4, family, beta=3.0)).double().eval(), torch.rand(3, 2, 3, 3, dtype=torch.float64)
     with torch.no_grad():
         model.encoder[-2].bias[-1] -= START  # importance weights of wide posteriors vary little
@@ -151,7 +151,7 @@ def test_the_hyperspherical_elbo_is_the_mean_log_weight(family: str, shifted: An
     torch.testing.assert_close(prior.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=0.02)
     log_px = [-model.nll(model.decoder(prior), x[i : i + 1].expand(50_000, 2, 3, 3)).detach() for i in range(3)]
     evidence = torch.stack(log_px).logsumexp(1) - math.log(50_000)
-    # power_spherical's weights have no variance, since it is 0 opposite mu
+    # the weights of power_spherical have no finite variance, since its density is 0 at -mu
     torch.testing.assert_close(model.log_likelihood(x, 20_000), evidence, rtol=0, atol=0.15)
 
 
@@ -167,8 +167,8 @@ def test_prior_draws_are_uniform_on_the_sphere(d: int) -> None:
     assert (z.T @ z / n - torch.eye(d) / d).abs().max() < 5 * math.sqrt(2 / n) / d
 
 
-def test_draws_start_about_mu_and_never_ignore_it() -> None:
-    """Of a uniform q(z|x), towards which the KL draws untrained models, no gradient would lead back."""
+def test_kappa_starts_large_and_is_at_least_one() -> None:
+    """The KL pulls untrained models towards a uniform q(z|x), from which no gradient would lead back."""
     x = torch.rand(20, 1, 8, 8)
     for net, d in (("mlp", 2), ("conv", 5), ("vit", 40)):
         model: Any = aezoo.create_model("hyperspherical_vae", (1, 8, 8), latent_dim=d, posterior="vmf", net=net)
@@ -184,7 +184,7 @@ def test_draws_start_about_mu_and_never_ignore_it() -> None:
         assert along.mean().item() == pytest.approx(expected, abs=5 / math.sqrt(1000 * d))
 
 
-def test_weights_older_than_the_least_kappa_have_it_at_zero() -> None:
+def test_weights_without_least_kappa_load_with_zero() -> None:
     model, other = sphere(3, "vmf"), sphere(3, "vmf")
     state = {key: value for key, value in model.state_dict().items() if key != "least_kappa"}
     other.load_state_dict(state)
@@ -194,7 +194,7 @@ def test_weights_older_than_the_least_kappa_have_it_at_zero() -> None:
     torch.testing.assert_close(other.posterior(x)[1], model.posterior(x)[1])
 
 
-def test_a_sphere_needs_two_dimensions_and_a_family() -> None:
+def test_invalid_sphere_settings_are_refused() -> None:
     with pytest.raises(AezooError, match="at least 2"):
         sphere(1, "vmf")
     with pytest.raises(AezooError, match="power_spherical, vmf"):

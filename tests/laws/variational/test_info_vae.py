@@ -35,7 +35,7 @@ KERNELS = ("inverse_multiquadratic", "rbf")
 
 
 def kernel(name: str, a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
-    """Of two codes."""
+    """The kernel of two codes."""
     t = torch.dot(a - b, a - b) / (2 * len(a) * bandwidth**2)
     return 1 / (1 + t) if name == "inverse_multiquadratic" else torch.exp(-t)
 
@@ -114,7 +114,7 @@ def objective_law(cls: Any) -> None:
 
 
 def prior_law(cls: Any) -> None:
-    """For codes that are draws from the prior, 0 but for the bias 2 (1 - E[k]) / B; E[k] of the RBF is closed."""
+    """For codes drawn from the prior the mean is the bias 2 (1 - E[k]) / B, with a closed form of E[k] for the RBF."""
     n, draws, model = 25, 400, small(cls, kernel="rbf")
     expected = 2 * (1 - (1 + 2 / CODE) ** (-CODE / 2)) / n
     found = torch.stack([model.mmd(*torch.randn(2, n, CODE, dtype=torch.float64)) for _ in range(draws)])
@@ -124,7 +124,7 @@ def prior_law(cls: Any) -> None:
 
 
 def gaussian_law(cls: Any) -> None:
-    """For codes from N(m, v I) the RBF's MMD is a closed form, above 0 where m or v is not the prior's."""
+    """For codes from N(m, v I) the MMD with the RBF kernel has a closed form, which is 0 only for the prior."""
     model = small(cls, kernel="rbf")
 
     def mean_kernel(distance: float, variance: float) -> float:
@@ -147,18 +147,18 @@ def test_info_vae_satisfies_every_law(law: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rival", "law"),
+    ("mistake", "law"),
     [(PyTorchVAEInfo, law) for law in MMD_LAWS]
     + [(PyTorchVAECross, mmd_law), (PyTorchVAECross, prior_law), (PyTorchVAEKernel, mmd_law)]
     + [(PyTorchVAEKernel, gaussian_law), (WithoutAlpha, objective_law)],
     ids=lambda value: value.__name__,
 )
-def test_wrong_discrepancies_are_detected(rival: Any, law: Any) -> None:
+def test_wrong_discrepancies_are_detected(mistake: Any, law: Any) -> None:
     with pytest.raises(AssertionError):
-        law(rival)
+        law(mistake)
 
 
-def test_codes_are_compared_with_as_many_draws_from_the_prior() -> None:
+def test_mmd_uses_one_prior_draw_per_code() -> None:
     model, n = small("info_vae"), 4000
     given: list[Tensor] = []
 
@@ -193,7 +193,7 @@ def test_kernels_of_several_scales_add_up(name: str) -> None:
     settings: dict[str, Any] = {"kernel": name, "kernel_scales": (0.3, 4.0), "bandwidth": 1.3}
     expected = sum(brute_force(name, z, p, 1.3 * math.sqrt(c)) for c in (0.3, 4.0))
     same(small(InfoVAE, **settings).mmd(z, p), expected, (z,))
-    # of each pair of different samples, and 1 for a sample with itself under each of the two
+    # only pairs of different samples; a sample with itself has k = 1 at each of the two scales
     within = [sum(kernel(name, a, b, 1.3 * math.sqrt(c)) for c in (0.3, 4.0) for a in v for b in v) for v in (z, p)]
     of_pairs = expected - sum(within) / 49 + sum(k - 2 * 7 for k in within) / 42
     same(small(InfoVAE, unbiased=True, **settings).mmd(z, p), of_pairs, (z,))

@@ -1,4 +1,4 @@
-"""Laws of Importance weighted autoencoder (Burda et al. 2015)."""
+"""Laws of the importance weighted autoencoder (Burda et al. 2015)."""
 
 import itertools
 import math
@@ -67,7 +67,7 @@ def exact_elbo(model: Any, x: Tensor, mu: Tensor, log_var: Tensor) -> Tensor:
     return log_px - D.kl_divergence(D.Normal(mu, (0.5 * log_var).exp()), prior).sum(1)
 
 
-def off(model: Any) -> Any:
+def shift_encoder(model: Any) -> Any:
     """Move q away from p(z|x), in mean and variance."""
     with torch.no_grad():
         model.encoder[1].bias += 0.6 * torch.linspace(-1, 1, len(model.encoder[1].bias))
@@ -80,7 +80,7 @@ def test_the_bounds_rise_from_the_elbo_towards_the_evidence() -> None:
     ladder = []
     for k in (1, 2, 5, 20, 100, 500):
         torch.manual_seed(5)
-        model = off(true_posterior("iwae", 3, 9, n_samples=k))
+        model = shift_encoder(true_posterior("iwae", 3, 9, n_samples=k))
         rows = x.repeat(8000 // k, 1)
         with torch.no_grad():
             ladder.append(model.loss(rows)["elbo"].item())
@@ -102,7 +102,7 @@ def test_bounds_of_one_draw_follow_jensen() -> None:
     assert piwae["miwae"] == miwae["elbo"] and piwae["elbo"] == iwae["elbo"] == ciwae["iwae"]
 
 
-def test_the_quadrature_is_the_closed_form_for_one_sample() -> None:
+def test_quadrature_matches_closed_form_for_one_sample() -> None:
     model = true_posterior("iwae", 1, 4)
     closed = exact_elbo(model, POINT, OFF_MU, OFF_LOG_VAR)[0]
     assert exact_bound(model, 1, OFF_MU, OFF_LOG_VAR).item() == pytest.approx(closed.item(), abs=1e-9)
@@ -130,12 +130,12 @@ def test_dreg_without_squared_weights_is_biased() -> None:
         unbiased_law("iwae", {"n_samples": 3}, {3: 1.0}, "dreg", make)
 
 
-# ---- numbers at the edge, and how it runs ----------------------------------------------------------------------------
+# ---- numerical accuracy, model checks, annealing ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
 def test_gradients_are_accurate_at_small_variance(estimator: str) -> None:
-    """(z - mu) / sigma rounds to anything in float32 when sigma is 1e-6 of mu; the noise itself is exact."""
+    """In float32 (z - mu) / sigma is inaccurate if sigma is far below mu; the noise itself is exact."""
     mu, log_var = torch.full((3, 4), 5.0), torch.full((3, 4), -28.0)
     found = []
     for kind in ("reparam", estimator):
@@ -147,8 +147,8 @@ def test_gradients_are_accurate_at_small_variance(estimator: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["stl", "dreg"])
-def test_estimators_pass_the_contract_s_checks(estimator: str) -> None:
-    """With as many samples as the checks' batch has, whose noise must not be taken for one noise a sample."""
+def test_estimators_pass_the_model_checks(estimator: str) -> None:
+    """With n_samples equal to the batch size of the checks, so that the axes of the noise have the same size."""
     options = {"estimator": estimator, "n_samples": testing.subject.BATCH, "hidden_dims": (8,), "latent_dim": 3}
     for check in (testing.check_batch_mean, testing.check_compile):
         check("iwae", **options)

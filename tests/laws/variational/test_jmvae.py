@@ -59,8 +59,8 @@ def test_gaussian_kl_matches_torch_distributions() -> None:
 
 
 def test_kl_of_extreme_gaussians_is_finite_in_float32() -> None:
-    sure, unsure, mu = torch.full((1, CODE), -30.0), torch.full((1, CODE), 20.0), torch.ones(1, CODE)
-    for p, q in ((sure, unsure), (unsure, sure)):
+    narrow, wide, mu = torch.full((1, CODE), -30.0), torch.full((1, CODE), 20.0), torch.ones(1, CODE)
+    for p, q in ((narrow, wide), (wide, narrow)):
         expected = D.kl_divergence(normal(mu.double(), p.double()), normal(-mu.double(), q.double()))
         torch.testing.assert_close(gaussians.kl(mu, p, -mu, q).double(), expected, rtol=1e-5, atol=0)
 
@@ -79,15 +79,21 @@ def test_loss_is_joint_elbo_plus_unimodal_kls(shifted: Any) -> None:
     x_hat = model.decode(mu + (0.5 * log_var).exp() * eps)
     nll = -D.Bernoulli(probs=x_hat, validate_args=False).log_prob(x).flatten(1).sum(1)
     of_parts = zip(model.encoder, x.split(PARTS, 1), strict=True)
-    apart = sum(D.kl_divergence(q, normal(*net(part).chunk(2, 1))) for net, part in of_parts)
+    parts_kl = sum(D.kl_divergence(q, normal(*net(part).chunk(2, 1))) for net, part in of_parts)
     kl = D.kl_divergence(q, PRIOR)
-    expected = {"loss": nll + 3.0 * kl + 0.7 * apart, "nll": nll, "kl": kl, "parts_kl": apart, "elbo": -(nll + kl)}
+    expected = {
+        "loss": nll + 3.0 * kl + 0.7 * parts_kl,
+        "nll": nll,
+        "kl": kl,
+        "parts_kl": parts_kl,
+        "elbo": -(nll + kl),
+    }
     assert_same_terms(model, terms, {term: values.mean() for term, values in expected.items()})
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("parts", [(6,), PARTS])
-def test_alpha_0_equals_joint_vae_bit_for_bit(parts: tuple[int, ...], training: bool, shifted: Any) -> None:
+def test_alpha_0_equals_joint_vae_exactly(parts: tuple[int, ...], training: bool, shifted: Any) -> None:
     model, x = small(JMVAE, shifted, parts=parts, beta=3.0, alpha=0.0), images()
     found = []
     for each in (model, vae_of(model, beta=3.0)):
@@ -127,11 +133,11 @@ def test_unimodal_encoders_learn_from_alpha_term_only(shifted: Any) -> None:
         for whole, part in zip(gradients(terms["loss"], net), gradients(terms["parts_kl"], net), strict=True):
             torch.testing.assert_close(whole, 0.7 * part)
             assert part.abs().max() > 0
-    # and the joint encoder from every term: it goes to where the parts can follow
+    # the joint encoder learns from every term, parts_kl included
     assert all(g.abs().max() > 0 for t in ("nll", "kl", "parts_kl") for g in gradients(terms[t], model.joint_encoder))
 
 
-def test_alpha_is_a_weight() -> None:
+def test_negative_alpha_is_refused() -> None:
     JMVAE((6,), alpha=50.0)
     with pytest.raises(AezooError, match="alpha must be at least 0 and finite"):
         JMVAE((6,), alpha=-0.1)
@@ -141,7 +147,7 @@ def test_alpha_is_a_weight() -> None:
 
 
 def exact_model() -> tuple[Exact, Any]:
-    """Each encoder says p(z|x) of what it sees, from a linear model with Gaussian noise, in numpy."""
+    """A linear model with Gaussian noise in numpy, and a JMVAE with all encoders at its exact posteriors."""
     exact = Exact()
     model: Any = JMVAE((9,), parts=SIZES, latent_dim=K, hidden_dims=(), likelihood="gaussian:0.6").double()
     exact.copy_into(model)
@@ -189,7 +195,7 @@ def test_exact_posterior_weights_equal_evidence() -> None:
 
 
 def test_unimodal_posterior_is_a_minimum() -> None:
-    """Of all q_i(z|x_i) p(z|x_i) is the nearest to p(z|x) in the mean over x: the gradient there is of noise only."""
+    """p(z|x_i) minimises the mean KL(p(z|x) || q_i(z|x_i)), so the mean gradient there is 0 up to sampling error."""
     exact, model = exact_model()
     x = drawn(exact, 20_000)
     mu, log_var = (values.detach() for values in model.infer(x))
@@ -203,10 +209,10 @@ def test_unimodal_posterior_is_a_minimum() -> None:
 def test_expert_variance_is_clamped_to_prior() -> None:
     mu, log_var = experts(6, 2)
     log_var -= 2.0
-    unsure = (torch.cat([mu, torch.zeros(6, 1, CODE)], 1), torch.cat([log_var, torch.full((6, 1, CODE), 20.0)], 1))
-    for found, expected in zip(JMVAE.product(*unsure), JMVAE.product(mu, log_var), strict=True):
+    wide = (torch.cat([mu, torch.zeros(6, 1, CODE)], 1), torch.cat([log_var, torch.full((6, 1, CODE), 20.0)], 1))
+    for found, expected in zip(JMVAE.product(*wide), JMVAE.product(mu, log_var), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    # two that are as sure as the prior leave the prior, their means added
+    # two experts with the prior's variance give the prior's variance and the sum of their means
     mean, log_var = JMVAE.product(mu, torch.zeros_like(mu))
     torch.testing.assert_close(mean, mu.sum(1))
     assert (log_var == 0).all()

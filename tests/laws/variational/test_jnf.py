@@ -73,13 +73,13 @@ def test_loss_is_joint_elbo_plus_unimodal_log_ratios(shifted: Any) -> None:
     q = normal(*model.joint_encoder(x).chunk(2, 1))
     z = q.mean + q.stddev * eps
     nll = -D.Bernoulli(probs=model.decode(z), validate_args=False).log_prob(x).flatten(1).sum(1)
-    apart = sum(q.log_prob(z).detach() - log_density(model, x, z.detach(), i) for i in range(3))
+    parts_kl = sum(q.log_prob(z).detach() - log_density(model, x, z.detach(), i) for i in range(3))
     kl = D.kl_divergence(q, PRIOR)
-    expected = {"loss": nll + 3.0 * kl + apart, "nll": nll, "kl": kl, "parts_kl": apart, "elbo": -(nll + kl)}
+    expected = {"loss": nll + 3.0 * kl + parts_kl, "nll": nll, "kl": kl, "parts_kl": parts_kl, "elbo": -(nll + kl)}
     assert_same_terms(model, terms, {term: values.mean() for term, values in expected.items()})
 
 
-def test_each_part_s_density_integrates_to_one(shifted: Any) -> None:
+def test_expert_densities_integrate_to_one(shifted: Any) -> None:
     model, step = made(shifted, latent_dim=2), 0.1
     side = torch.arange(-12, 12, step, dtype=torch.float64)
     z = torch.cartesian_prod(side, side)
@@ -102,13 +102,13 @@ def test_flow_is_invertible_with_alternating_order(size: int, n_flows: int) -> N
     assert (J.triu(1).abs().max() > 0) == (n_flows > 1 and size > 1) and (J.diagonal() != 0).all()
 
 
-# ---- who learns from what --------------------------------------------------------------------------------------------
+# ---- which term trains which network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("parts", [(6,), PARTS])
 def test_joint_vae_equals_vae_of_whole_samples_exactly(parts: tuple[int, ...], training: bool, shifted: Any) -> None:
-    """In its terms, codes and gradients, whatever parts and flows say."""
+    """In terms, codes and gradients; the encoders and flows of the parts do not affect them."""
     model, x, found = made(shifted, parts=parts, beta=3.0), images(), []
     for each in (model, vae_of(model, beta=3.0)):
         torch.manual_seed(3)
@@ -146,7 +146,7 @@ def test_no_flow_layers_equal_jmvae_in_the_mean(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_flow_fits_non_gaussian_posterior() -> None:
-    """A parabola: 1.23 nats are its entropy, 3.19 those of the Gaussian of its moments."""
+    """A noisy parabola has an entropy of 1.23 nats, the Gaussian with its moments one of 3.19."""
     torch.manual_seed(0)
     model, x = JNF((2,), parts=(1, 1), latent_dim=2, hidden_dims=(), flow_width=16), torch.zeros(256, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
@@ -183,7 +183,7 @@ class Affine(nn.Module):
 
 
 class Linear:
-    """x_i = W_i z + m_i + noise in numpy, and a model whose q_i are its p(z|x_i), their elements correlated."""
+    """x_i = W_i z + m_i + noise in numpy, and a JNF with q_i = p(z|x_i), whose dimensions are correlated."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -214,7 +214,7 @@ class Linear:
 def test_exact_posterior_experts_give_any_posterior(
     chosen: tuple[int, ...],
 ) -> None:
-    """With correlations, which no q_i of jmvae has."""
+    """With correlated dimensions, which the q_i of jmvae cannot have."""
     exact = Linear()
     mean, covariance = exact.posterior(chosen)
     assert abs(covariance[0, 1]) > 0.05 * math.sqrt(covariance[0, 0] * covariance[1, 1])
@@ -255,8 +255,8 @@ def test_axis_aligned_product_matches_jmvae_and_is_finite() -> None:
     for a, b in zip(gaussians.product_of_posteriors(mu, root), JMVAE.product(mu, log_var), strict=True):
         torch.testing.assert_close(a, b)
     mu, root = torch.tensor([[2.0], [2.0], [-50.0]]), torch.tensor([0.0, 0.0, 1e4])
-    sure = gaussians.product_of_posteriors(mu, root[:, None, None])
-    assert sure[0].item() == pytest.approx(2.0, rel=1e-5) and sure[1].isfinite().all()
+    found = gaussians.product_of_posteriors(mu, root[:, None, None])
+    assert found[0].item() == pytest.approx(2.0, rel=1e-5) and found[1].isfinite().all()
 
 
 def test_single_code_inverts_its_flow_at_encoder_mean(shifted: Any) -> None:
@@ -268,14 +268,14 @@ def test_single_code_inverts_its_flow_at_encoder_mean(shifted: Any) -> None:
         assert torch.equal(model.reconstruct_from(x, (i,)), model.decode(mean))
         for b in range(5):
             J = jacobian(lambda z, i=i: model.flows[i](z[None])[0][0], mean[b]).inverse()
-            # a sigma is no differential
+            # by linearisation, which is inaccurate for a large sigma
             near = torch.log((J**2 * base[b].exp()).sum(1))
             torch.testing.assert_close(log_var[b], near, rtol=0, atol=1.0)
     for parts in (None, (0, 1, 2), (2, 0, 1)):
         assert torch.equal(model.infer(x, parts)[0], model.joint_encoder(x).chunk(2, 1)[0])
 
 
-def test_flows_have_sizes() -> None:
+def test_invalid_flow_settings_are_refused() -> None:
     for settings, message in (
         ({"n_flows": -1}, "n_flows must be from 0 to 256"),
         ({"n_flows": 257}, "n_flows must be from 0 to 256"),

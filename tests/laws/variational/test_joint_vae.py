@@ -1,4 +1,4 @@
-"""Laws of Joint continuous and discrete VAE (Dupont 2018)."""
+"""Laws of the joint continuous and discrete VAE (Dupont 2018)."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ import aezoo
 from aezoo.distributions.categorical import one_hot
 from aezoo.models.variational.joint_vae import JointVAE
 
-# ---- the temperature and the capacity depend on the step -------------------------------------------------------------
+# ---- schedules of the capacities -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_no_discrete_variables_equals_annealed_vae() -> None:
     torch.testing.assert_close(model.encode(x), parent.encode(x))
 
 
-def test_gamma_one_without_capacities_is_the_sum_of_the_parents() -> None:
+def test_gamma_one_without_capacities_gives_the_elbo() -> None:
     model, x = joint(gamma=1.0, max_capacity=0.0, max_discrete_capacity=0.0), data()
     seen: list[Tensor] = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -84,7 +84,7 @@ def test_gamma_one_without_capacities_is_the_sum_of_the_parents() -> None:
 
 
 def distance_law(cls: type[JointVAE]) -> None:
-    """Each part has its own gamma |KL - C|: the gradient lowers what is above its capacity and raises the rest."""
+    """Each part has its own gamma |KL - C|: the gradient lowers a KL above its capacity and raises one below."""
     model = cls((6,), latent_dim=2, n_variables=2, n_classes=3, gamma=7.0, max_capacity=6.0, capacity_steps=4)
     model = model.double()
     mu = torch.full((5, 2), 2.0, dtype=torch.float64).requires_grad_()
@@ -105,7 +105,7 @@ def distance_law(cls: type[JointVAE]) -> None:
 
 
 class Unbounded(JointVAE):
-    """A capacity beyond N log K, which no posterior can take."""
+    """A capacity above N log K, the largest KL of any posterior."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -113,7 +113,7 @@ class Unbounded(JointVAE):
 
 
 class OneDistance(JointVAE):
-    """gamma |KL_z + KL_c - C_z - C_c|: one part may pay for the other."""
+    """gamma |KL_z + KL_c - C_z - C_c|: an excess of one KL can cancel a lack of the other."""
 
     def loss(self, x: Tensor, y: Any = None) -> dict[str, Tensor]:
         terms = super().loss(x)
@@ -125,15 +125,15 @@ def test_each_latent_type_has_its_own_capacity() -> None:
     distance_law(JointVAE)
 
 
-@pytest.mark.parametrize("rival", [Unbounded, OneDistance])
-def test_wrong_capacity_distances_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [Unbounded, OneDistance])
+def test_wrong_capacity_distances_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        distance_law(rival)
+        distance_law(mistake)
 
 
 @pytest.mark.slow
 def test_linear_decoder_likelihood_is_gaussian_mixture() -> None:
-    """There x given c is Gaussian, in closed form, so the evidence is a sum over classes."""
+    """With a linear decoder p(x|c) is Gaussian, so the evidence is a sum over classes."""
     model = small("joint_vae", latent_dim=2, n_variables=1, n_classes=3, hidden_dims=(), likelihood="gaussian:0.7")
     with torch.no_grad():
         for p in model.parameters():
@@ -149,7 +149,7 @@ def test_linear_decoder_likelihood_is_gaussian_mixture() -> None:
     ]
     assert (found[0] < found[1]).all()
     torch.testing.assert_close(found[2], top, rtol=0, atol=0.05)
-    # the prior's density is right, too: importance weights over it have mean one
+    # the mean of p(z) / q(z|x) over draws is one
     codes, log_q = model.sample_posterior(x, 20_000)
     normal = D.Normal(0.0, 1.0).log_prob(codes[..., :2]).sum(2) - math.log(3)
     torch.testing.assert_close(model.log_prior(codes), normal)

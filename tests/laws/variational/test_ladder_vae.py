@@ -1,4 +1,4 @@
-"""Laws of Ladder variational autoencoder (Sonderby et al. 2016)."""
+"""Laws of the ladder variational autoencoder (Sonderby et al. 2016)."""
 
 from typing import Any
 
@@ -38,14 +38,14 @@ def test_ladder_merge_is_product_of_gaussians() -> None:
         # the evidence of the estimate, N(mu^; m, sigma^^2 + s^2)
         evidence = D.Normal(m, (estimate.variance + prior.variance).sqrt()).log_prob(estimate.loc)
         torch.testing.assert_close(log_ratio, evidence.expand(50, 4, 5))
-    # without overflow: the one that knows nothing has no say
+    # a factor of very large variance has no effect, and nothing overflows
     for a, b, expected in ((20.0, -30.0, 2.0), (-30.0, 20.0, 1.0)):
         mu, log_var = product_of((torch.tensor(1.0), torch.tensor(a)), (torch.tensor(2.0), torch.tensor(b)))
         assert mu.item() == pytest.approx(expected, abs=1e-6)
         assert log_var.item() == pytest.approx(-30, abs=1e-5)
 
 
-def test_ladder_is_deterministic_up_and_decodes_bottom(shifted: Any) -> None:
+def test_bottom_up_is_deterministic_and_bottom_is_decoded(shifted: Any) -> None:
     model, x = small("ladder_vae", shifted), data()
     for a, b in zip(model.bottom_up(x), model.bottom_up(x), strict=True):
         assert torch.equal(a, b)

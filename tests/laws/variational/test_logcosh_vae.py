@@ -1,4 +1,4 @@
-"""Laws of Log-cosh VAE (Chen et al. 2019)."""
+"""Laws of the log-cosh VAE (Chen et al. 2019)."""
 
 import math
 from typing import Any
@@ -9,9 +9,9 @@ from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F
 from perceptual_distance_laws import (
     decoded,
     images,
+    model_and_vae,
     same,
     small,
-    twins,
 )
 from scipy import stats
 
@@ -23,8 +23,8 @@ from aezoo.models.variational.logcosh_vae import LogCoshVAE
 
 @pytest.mark.parametrize("training", [True, False])
 def test_logcosh_vae_equals_vae_with_logcosh_likelihood(training: bool, shifted: Any) -> None:
-    same(*twins(LogCoshVAE, shifted, {"likelihood": "logcosh:0.1"}), training)
-    same(*twins(LogCoshVAE, shifted, {"likelihood": "logcosh:2", "beta": 3.0}, a=0.5, beta=3.0), training)
+    same(*model_and_vae(LogCoshVAE, shifted, {"likelihood": "logcosh:0.1"}), training)
+    same(*model_and_vae(LogCoshVAE, shifted, {"likelihood": "logcosh:2", "beta": 3.0}, a=0.5, beta=3.0), training)
 
 
 def test_log_cosh_likelihood_is_normalised_paper_loss(shifted: Any) -> None:

@@ -1,4 +1,4 @@
-"""Laws of MHVAE: each level's posterior is a product with the prior, each subset of parts bounds log p of all."""
+"""Laws of MHVAE: products with the prior at each level, bounds on log p of all parts from each subset of parts."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def run(net: Any, *given: Tensor) -> Tensor:
 
 
 def conditional(model: Any, x: Tensor, chosen: Any, above: list[Tensor]) -> tuple[D.Normal, D.Normal]:
-    """q(z_l | x_S, z_{l+1}), by completing the square, and p(z_l | z_{l+1}), below levels from the top down."""
+    """q(z_l | x_S, z_{l+1}), by completing the square, and p(z_l | z_{l+1}), given the levels above, top first."""
     level = len(model.latent_dims) - 1 - len(above)
     h = {i: model.encoder[i](x.split(model.sizes, 1)[i]) for i in chosen}
     h = {i: values.split([2 * d for d in model.latent_dims], 1)[level] for i, values in h.items()}
@@ -65,14 +65,14 @@ def conditional(model: Any, x: Tensor, chosen: Any, above: list[Tensor]) -> tupl
 
 
 def nll(model: Any, z_1: Tensor, x: Tensor) -> Tensor:
-    """Of all parts, from the bottom level."""
+    """-log p(x|z_1) of all parts."""
     nets = [getattr(net, "net", net) for net in model.decoder]
     logits = torch.cat([net(z_1) for net in nets], 1)
     return -D.Bernoulli(logits=logits, validate_args=False).log_prob(x).flatten(1).sum(1)
 
 
 def bound(model: Any, x: Tensor, chosen: Any, draw: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """-log p(x|z_1), the levels' KLs and the levels of a subset of parts, both from the bottom up."""
+    """-log p(x|z_1), and KLs and codes of all levels from the bottom up, for a subset of parts."""
     z: list[Tensor] = []
     kl: list[Tensor] = []
     for d in reversed(model.latent_dims):
@@ -87,7 +87,6 @@ def bound(model: Any, x: Tensor, chosen: Any, draw: bool = True) -> tuple[Tensor
 
 @pytest.mark.parametrize("dims", [DIMS, (4,)])
 def test_loss_is_mean_of_subset_bounds(dims: Any, shifted: Any) -> None:
-    """Terms, and the gradients of each."""
     model, x = small(shifted, latent_dims=dims, beta=3.0), images()
     torch.manual_seed(1)
     terms = model.loss(x)
@@ -150,14 +149,14 @@ def test_kl_gradients_stay_at_their_levels(shifted: Any) -> None:
 # ---- neutral limits --------------------------------------------------------------------------------------------------
 
 
-def still(patch: pytest.MonkeyPatch) -> None:
-    """Draw no noise."""
+def zero_noise(patch: pytest.MonkeyPatch) -> None:
+    """Replace all noise with zeros."""
     patch.setattr(torch, "randn_like", torch.zeros_like)
     patch.setattr(torch, "randn", lambda *shape, **kwargs: torch.zeros(*shape, **kwargs))
 
 
 @pytest.mark.parametrize("parts", [PARTS, (6,)])
-def test_one_level_is_the_mvae_whose_subsets_decode_all_parts(parts: Any, shifted: Any) -> None:
+def test_one_level_equals_mvae_that_decodes_all_parts(parts: Any, shifted: Any) -> None:
     model, x = small(shifted, latent_dims=(4,), parts=parts, beta=3.0), images()
     other = small_of(MVAE, shifted, parts=parts, beta=3.0)
     other.load_state_dict(model.state_dict())
@@ -165,7 +164,7 @@ def test_one_level_is_the_mvae_whose_subsets_decode_all_parts(parts: Any, shifte
         for a, b in zip(model.infer(x, chosen), other.infer(x, chosen), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     with pytest.MonkeyPatch.context() as patch:
-        still(patch)
+        zero_noise(patch)
         mine, theirs = model.loss(x), other.loss(x)
     for term in ("nll", "kl", "elbo"):
         torch.testing.assert_close(mine[term], theirs[term], rtol=1e-12, atol=1e-12)
@@ -179,7 +178,7 @@ def test_one_level_is_the_mvae_whose_subsets_decode_all_parts(parts: Any, shifte
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_uninformative_experts_give_prior_at_no_cost(shifted: Any) -> None:
+def test_uninformative_experts_give_prior_with_zero_kl(shifted: Any) -> None:
     model, x = small(shifted), images()
     assert all(model.loss(x)[f"kl_{i}"] > 0.01 for i in (1, 2, 3))
     with torch.no_grad():
@@ -259,7 +258,7 @@ def test_samples_compress_losslessly_by_joint_posterior(shifted: Any, tmp_path: 
     assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, (255 * x).byte().numpy())
 
 
-# ---- a linear hierarchy, whose evidence and posteriors are known -----------------------------------------------------
+# ---- a linear hierarchy with exact evidence and posteriors -----------------------------------------------------------
 
 
 SCALE, SIZES, K = 0.6, (3, 4, 2), 2
@@ -295,7 +294,7 @@ class Linear(Exact):
         return centre + (x_S - w @ SHIFT - m) @ gain.T, z - gain @ to_x @ z
 
     def model(self, parts: tuple[int, ...] = SIZES) -> Any:
-        """q_i are the likelihoods p(x_i|z_1), whatever z_2 is, and p(x_i|z_2), as functions of z."""
+        """An MHVAE with q_i at p(x_i|z_1), independently of z_2, and at p(x_i|z_2), as functions of z."""
         plain = {"latent_dims": (K, K), "level_dim": 8, "hidden_dims": (), "activation": "identity"}
         made: Any = MHVAE((9,), parts=parts, likelihood=f"gaussian:{SCALE}", **plain).double().eval()
         whole = [self.stacked(range(3))] if len(parts) == 1 else [*zip(self.w, self.m, strict=True)]
@@ -340,7 +339,7 @@ def test_bottom_product_is_posterior_of_any_modalities(chosen: tuple[int, ...]) 
     mean, covariance = exact.joint(x, chosen)
     mu, log_var = (values.detach().numpy() for values in model.infer(x, chosen))
     of_top = covariance[K:, K:]
-    # z_1 given z_2 at the code's, by conditioning the posterior
+    # z_1 given the z_2 of the code, by conditioning the joint posterior
     gain = covariance[:K, K:] @ np.linalg.inv(of_top)
     np.testing.assert_allclose(mu[:, :K], mean[:, :K] + (mu[:, K:] - mean[:, K:]) @ gain.T, rtol=1e-9)
     bottom = np.diag(covariance[:K, :K] - gain @ covariance[K:, :K])

@@ -1,4 +1,4 @@
-"""Laws of MINE-VAE: the bound at a known optimum and by hand, the moving average's gradient, who trains what."""
+"""Laws of MINE-VAE: the bound in closed form and by hand, gradients of both networks, the moving average."""
 
 import copy
 import math
@@ -37,8 +37,8 @@ def images(n: int = 6, seed: int = 7) -> Tensor:
 
 
 def players(model: Any) -> dict[str, list[nn.Parameter]]:
-    judge = [*model.discriminator.parameters()]
-    return {"vae": [p for p in model.parameters() if all(p is not q for q in judge)], "statistics": judge}
+    statistics = [*model.discriminator.parameters()]
+    return {"vae": [p for p in model.parameters() if all(p is not q for q in statistics)], "statistics": statistics}
 
 
 def gradients(value: Tensor, of: list[nn.Parameter]) -> list[Tensor]:
@@ -46,7 +46,7 @@ def gradients(value: Tensor, of: list[nn.Parameter]) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for p, g in zip(of, found, strict=True)]
 
 
-def alike(found: list[Tensor], expected: list[Tensor]) -> None:
+def assert_gradients_close(found: list[Tensor], expected: list[Tensor]) -> None:
     assert sum(float(g.square().sum()) for g in expected) > 1e-6
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
@@ -63,7 +63,7 @@ def by_hand(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return model.nll(model.decoder(z), x).mean() + model.beta * kl, torch.cat(own), torch.cat(other)
 
 
-# ---- who trains what -------------------------------------------------------------------------------------------------
+# ---- which loss trains which network ---------------------------------------------------------------------------------
 
 
 @every_mode
@@ -78,7 +78,7 @@ def test_zero_weight_equals_beta_vae(training: bool, shifted: Any) -> None:
         torch.testing.assert_close(found[0][term], value, rtol=1e-12, atol=1e-12)
     for p, q in zip(players(model)["vae"], vae.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
-    # and T learns all the same
+    # T is trained nevertheless
     assert max(float(p.grad.abs().max()) for p in players(model)["statistics"]) > 1e-4
 
 
@@ -117,7 +117,7 @@ def test_parameter_groups_match_networks() -> None:
 @every_mode
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
 def test_each_network_gets_gradient_of_its_own_loss(weight: float, training: bool, shifted: Any) -> None:
-    """Both climb the same bound, T at the weight 1; of that neither the decoder nor the KL term feels anything."""
+    """T maximises the bound with weight 1, the encoder with mi_weight; it has no gradient for the decoder."""
     model, x = shifted(small(mi_weight=weight, decay=0.0, beta=2.0)).train(training), images()
     torch.manual_seed(3)
     terms = model.loss(x)
@@ -128,10 +128,10 @@ def test_each_network_gets_gradient_of_its_own_loss(weight: float, training: boo
     torch.testing.assert_close(terms["mi"], mi)
     torch.testing.assert_close(terms["loss"], elbo_loss - weight * mi)
     sets = players(model)
-    alike(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - weight * mi, sets["vae"]))
-    alike(gradients(terms["loss"], sets["statistics"]), gradients(-mi, sets["statistics"]))
+    assert_gradients_close(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - weight * mi, sets["vae"]))
+    assert_gradients_close(gradients(terms["loss"], sets["statistics"]), gradients(-mi, sets["statistics"]))
     decoder = [*model.decoder.parameters()]
-    alike(gradients(terms["loss"], decoder), gradients(terms["nll"], decoder))
+    assert_gradients_close(gradients(terms["loss"], decoder), gradients(terms["nll"], decoder))
     for term in ("nll", "kl", "elbo"):
         assert not any(g.any() for g in gradients(terms[term], sets["statistics"])), term
     assert not terms["mi"].requires_grad
@@ -140,8 +140,8 @@ def test_each_network_gets_gradient_of_its_own_loss(weight: float, training: boo
 # ---- the moving average ----------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_is_over_the_moving_average(shifted: Any) -> None:
-    """Three steps: M by plain numbers, the gradient as a sum over pairs of weights that are constants."""
+def test_gradient_is_divided_by_the_moving_average(shifted: Any) -> None:
+    """Three steps, with M in plain numbers and the gradient as a sum over pairs with constant weights."""
     model, average = shifted(small(decay=0.6, mi_weight=0.7)), 1.0
     for seed in range(3):
         x = images(6, seed)
@@ -157,13 +157,13 @@ def test_the_gradient_is_over_the_moving_average(shifted: Any) -> None:
         weights = [math.exp(t) / average / 6 for t in other.tolist()]
         climbed = own.mean() - sum(weight * t for weight, t in zip(weights, other, strict=True))
         sets = players(model)
-        alike(gradients(terms["loss"], sets["statistics"]), gradients(-climbed, sets["statistics"]))
-        alike(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - 0.7 * climbed, sets["vae"]))
+        assert_gradients_close(gradients(terms["loss"], sets["statistics"]), gradients(-climbed, sets["statistics"]))
+        assert_gradients_close(gradients(terms["loss"], sets["vae"]), gradients(elbo_loss - 0.7 * climbed, sets["vae"]))
 
 
 @pytest.mark.slow
 def test_moving_average_reduces_gradient_bias() -> None:
-    """Of batches of two with a T that is one number for each code: a ratio of means is not the mean of ratios."""
+    """For batches of two and T(x, z) = z, where the mean of ratios over batches differs from the ratio of means."""
     model: Any = small(input_shape=(1,), latent_dim=1, hidden_dims=(), discriminator_dims=(), decay=0.99)
     with torch.no_grad():
         for p in model.discriminator.parameters():
@@ -198,7 +198,7 @@ def test_evaluation_does_not_update_moving_average(shifted: Any) -> None:
 @every_mode
 @pytest.mark.parametrize("t", [-2000.0, 2000.0])
 def test_extreme_statistics_stay_finite(t: float, training: bool) -> None:
-    """exp(2000) is no number, and exp(-2000) is 0: the average holds 1 % of this batch, so weights sum to 100."""
+    """exp(2000) overflows, and exp(-2000) is 0; the average contains 1 % of this batch, so weights sum to 100."""
     model, x = small().train(training), images()
     with torch.no_grad():
         model.discriminator[-1].bias.fill_(t)
@@ -207,7 +207,7 @@ def test_extreme_statistics_stay_finite(t: float, training: bool) -> None:
     assert all(value.isfinite() for value in terms.values())
     found = gradients(terms["loss"], [*model.parameters()])
     assert all(g.isfinite().all() for g in found)
-    # what one constant more does to the bound: nothing, once the average has followed
+    # by a constant added to T, which does not change the bound once the average contains it
     slope = gradients(terms["loss"], [model.discriminator[-1].bias])[0].item()
     total = (1 / 0.01 if t > 0 else 0.0) if training else 1.0
     assert slope == pytest.approx(total - 1, abs=1e-6)
@@ -217,7 +217,7 @@ def test_extreme_statistics_stay_finite(t: float, training: bool) -> None:
 
 
 class LogRatio(nn.Module):
-    """log p(x, z) / p(x) p(z) of standard normal pairs with a correlation, by a factor and plus a constant."""
+    """The log of p(x, z) / (p(x) p(z)) for correlated standard normal pairs, times a factor plus a constant."""
 
     def __init__(self, rho: float, factor: float = 1.0, constant: float = 0.0) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class LogRatio(nn.Module):
         return self.factor * ratio[:, None] + self.constant
 
 
-def of_pairs(rho: float, discriminator: nn.Module, **settings: Any) -> Any:
+def correlated_pairs(rho: float, discriminator: nn.Module, **settings: Any) -> Any:
     """Codes z ~ N(rho x, 1 - rho^2), which for x ~ N(0, 1) are standard normal."""
     model = small(input_shape=(1,), latent_dim=1, hidden_dims=(), likelihood="gaussian", **settings)
     model.posterior = lambda x: (rho * x, torch.full_like(x, math.log(1 - rho**2)))
@@ -244,12 +244,14 @@ def test_optimal_statistics_give_gaussian_information(rho: float, constant: floa
     """-1/2 log(1 - rho^2), for T plus any constant."""
     x = torch.randn(200_000, 1, dtype=torch.float64)
     exact = -0.5 * math.log(1 - rho**2)
-    assert of_pairs(rho, LogRatio(rho, constant=constant)).loss(x)["mi"].item() == pytest.approx(exact, abs=0.01)
+    assert correlated_pairs(rho, LogRatio(rho, constant=constant)).loss(x)["mi"].item() == pytest.approx(
+        exact, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("factor", [-0.3, 0.0, 0.5, 0.9, 1.1])
 def test_suboptimal_statistics_give_lower_bound(factor: float) -> None:
-    """E[exp(a t)] is an integral of Gaussians, so that the bound is known for each factor a."""
+    """E[exp(a t)] is an integral of Gaussians, so the bound has a closed form for each factor a."""
     rho, x = 0.5, torch.randn(200_000, 1, dtype=torch.float64)
     # a t = -a/2 log(1 - rho^2) - v' Q v / 2, whose mean under N(0, I) of exp is a determinant
     covariance = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
@@ -258,13 +260,13 @@ def test_suboptimal_statistics_give_lower_bound(factor: float) -> None:
     information = -0.5 * math.log(1 - rho**2)
     bound = factor * information - log_mean
     assert bound < information - 1e-3
-    assert of_pairs(rho, LogRatio(rho, factor)).loss(x)["mi"].item() == pytest.approx(bound, abs=0.01)
+    assert correlated_pairs(rho, LogRatio(rho, factor)).loss(x)["mi"].item() == pytest.approx(bound, abs=0.01)
 
 
 def test_mi_weight_equal_to_beta_cancels_information_cost() -> None:
-    """KL = I + KL(q(z) || p(z)), and these codes are all together at the prior."""
+    """KL = I + KL(q(z) || p(z)), where q(z) is the prior here."""
     x = torch.randn(200_000, 1, dtype=torch.float64)
-    terms = of_pairs(0.8, LogRatio(0.8), beta=1.5, mi_weight=1.5).loss(x)
+    terms = correlated_pairs(0.8, LogRatio(0.8), beta=1.5, mi_weight=1.5).loss(x)
     assert terms["kl"].item() == pytest.approx(-0.5 * math.log(1 - 0.8**2), abs=0.01)
     assert terms["loss"].item() == pytest.approx(terms["nll"].item(), abs=0.03)
 
@@ -286,7 +288,7 @@ def test_shuffled_pairs_exclude_own_sample() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 0.8])
 def test_trained_network_estimates_mutual_information(rho: float) -> None:
-    """As T is trained by the model's own loss; judged on pairs that it has not seen."""
+    """T is trained with the model's own loss and evaluated on new pairs."""
     model: Any = aezoo.create_model(
         "mine_vae", input_shape=(1,), latent_dim=1, hidden_dims=(), discriminator_dims=(32, 32), likelihood="gaussian"
     )
@@ -303,7 +305,7 @@ def test_trained_network_estimates_mutual_information(rho: float) -> None:
     assert found == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.03)
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- several ranks ---------------------------------------------------------------------------------------------------
 
 
 def test_two_ranks_equal_one_process(shifted: Any) -> None:

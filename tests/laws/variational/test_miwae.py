@@ -1,4 +1,4 @@
-"""Laws of Multiply importance weighted autoencoder (Rainforth et al. 2018)."""
+"""Laws of the multiply importance weighted autoencoder (Rainforth et al. 2018)."""
 
 import torch
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401

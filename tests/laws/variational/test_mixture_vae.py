@@ -1,4 +1,4 @@
-"""Laws of VAE with a mixture of Gaussians as prior (Jiang et al. 2016)."""
+"""Laws of the VAE with a mixture of Gaussians as prior (Jiang et al. 2016)."""
 
 import torch
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401

@@ -14,9 +14,10 @@ from torch import Tensor
 from weak_label_laws import (  # noqa: F401
     CODE,
     WEAK,
+    assert_equals_vae,
     images,
-    is_the_vae,
     labels,
+    model_and_vae,
     normal,
     posterior,
     small,
@@ -33,7 +34,6 @@ from weak_label_laws import (  # noqa: F401
     test_pair_training_finds_shared_dimension,
     test_two_ranks_equal_one_process_with_split_groups,
     test_ungrouped_samples_equal_vae,
-    twins,
 )
 
 from aezoo.models.variational.ada_gvae import AdaGVAE
@@ -43,7 +43,7 @@ from aezoo.models.variational.mlvae import MLVAE
 
 
 def test_zero_group_dimension_equals_vae(shifted: Any) -> None:
-    is_the_vae(*twins(MLVAE, shifted, group_dim=0), labels(0, 0, 0, 1, 1, 1), True)
+    assert_equals_vae(*model_and_vae(MLVAE, shifted, group_dim=0), labels(0, 0, 0, 1, 1, 1), True)
 
 
 # ---- Ada-GVAE: Locatello et al. 2020 ---------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_mlvae_average_is_normalised_geometric_mean() -> None:
 
 
 def product_law(product: Any) -> None:
-    """The log of the product density differs from the experts' sum by a constant: quadratic, no least squares."""
+    """The log-density of the product is the sum of the members' log-densities plus a constant."""
     mu, log_var = posterior(5)
     member = torch.tensor([[True, True, False, True, False]])
     found = normal(*product(mu, log_var, member))
@@ -131,7 +131,7 @@ def test_group_members_draw_content_independently() -> None:
     assert len(seen[0][:, 0].unique()) == 6
 
 
-def test_certain_posteriors_of_a_large_group_stay_finite() -> None:
+def test_narrow_posteriors_of_a_large_group_stay_finite() -> None:
     mu, log_var = posterior()
     mu.requires_grad_()
     log_var = (log_var * 0 - 30).requires_grad_()

@@ -13,7 +13,7 @@ from multimodal_laws import (  # noqa: F401
     test_importance_sampling_estimates_evidence,
     test_inconsistent_part_sizes_are_refused,
     test_loss_is_component_mean_by_torch_distributions,
-    test_mixture_kl_matches_integration_below_mean_kl,
+    test_mixture_kl_matches_quadrature_and_its_bounds,
     test_no_bound_is_above_the_evidence,
     test_one_part_mixture_equals_vae_exactly,
     test_other_experts_get_no_reconstruction_gradient,

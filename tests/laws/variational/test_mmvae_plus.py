@@ -68,8 +68,8 @@ def test_loss_matches_torch_distributions_with_r_draws(shifted: Any) -> None:
         q_u_i, q_w_i = (normal(*pair) for pair in zip(split_parts(mu), split_parts(log_var), strict=True))
         of_u = D.kl_divergence(q_u_i, PRIOR) - q_u_i.log_prob(u) + q_u.log_prob(u)
         kl.append(of_u + D.kl_divergence(q_w_i, private))
-    fit, apart = torch.stack(nll).mean(), torch.stack(kl).mean()
-    expected = {"loss": fit + 3.0 * apart, "nll": fit, "kl": apart, "elbo": -(fit + apart)}
+    mean_nll, mean_kl = torch.stack(nll).mean(), torch.stack(kl).mean()
+    expected = {"loss": mean_nll + 3.0 * mean_kl, "nll": mean_nll, "kl": mean_kl, "elbo": -(mean_nll + mean_kl)}
     assert_same_terms(model, terms, expected)
 
 
@@ -106,7 +106,7 @@ def test_one_part_equals_vae_of_joined_code_exactly(training: bool, shifted: Any
 
 
 def test_private_codes_do_not_affect_other_parts(shifted: Any) -> None:
-    """Gradients of each part's likelihood, by what its three encoders say; r has no part in a part's own."""
+    """Gradients of each part's likelihood by the three posteriors, and by r if u is from another part."""
     model, x = small(shifted), images()
     values = [v.detach().requires_grad_() for v in model.experts(x)]
     model.experts = lambda x, parts=None: tuple(values)
@@ -123,7 +123,7 @@ def test_private_codes_do_not_affect_other_parts(shifted: Any) -> None:
             assert (of_draws[:, i, j].abs().max() > 0) == (j == only != i)
 
 
-def test_learned_scale_is_of_r_and_not_in_score(shifted: Any) -> None:
+def test_learned_scale_affects_r_but_not_the_score(shifted: Any) -> None:
     model, x = small(shifted).eval(), images()
     with torch.no_grad():
         terms = with_draws(model, x, *map(torch.zeros_like, noise()))
@@ -205,7 +205,7 @@ def linear(r_log_var: float) -> tuple[Any, Tensor, np.ndarray]:
 
 
 def test_importance_samples_find_the_evidence() -> None:
-    """From encoders that say little: their draws are about as wide as the prior's."""
+    """With encoders that depend little on x and are about as wide as the prior."""
     model, x, evidence = linear(-3.0)
     with torch.no_grad():
         for p in model.encoder.parameters():
@@ -215,7 +215,7 @@ def test_importance_samples_find_the_evidence() -> None:
 
 @pytest.mark.slow
 def test_prior_for_r_gives_bound_that_training_tightens() -> None:
-    """It stays below: with the u of another part a private code has the prior for its posterior."""
+    """A gap remains, because with u from another part the posterior of a private code is its prior."""
     model, x, evidence = linear(0.0)
     model.r_log_var_MP.requires_grad_(False)
     optimizer = torch.optim.Adam(model.encoder.parameters(), lr=0.05)
@@ -236,7 +236,7 @@ def test_prior_for_r_gives_bound_that_training_tightens() -> None:
 def test_invalid_code_sizes_are_refused() -> None:
     model = MMVAEPlus((6,), latent_dim=3, private_dim=2)
     assert model.code_shape == (7,) and model.hparams["latent_dim"] == 3 and not hasattr(model, "capacity")
-    # of one part and with no private codes r is of no use
+    # r is not used for one part or without private codes
     for settings in ({}, {"parts": (6,)}, {"private_dim": 0}):
         assert MMVAEPlus((6,), **settings).r_log_var_MP.requires_grad == (not settings)
     with pytest.raises(AezooError, match="latent_dim must be at least 1"):

@@ -21,7 +21,7 @@ from multimodal_laws import (  # noqa: F401
     test_importance_sampling_estimates_evidence,
     test_inconsistent_part_sizes_are_refused,
     test_loss_is_component_mean_by_torch_distributions,
-    test_mixture_kl_matches_integration_below_mean_kl,
+    test_mixture_kl_matches_quadrature_and_its_bounds,
     test_no_bound_is_above_the_evidence,
     test_one_part_mixture_equals_vae_exactly,
     test_other_experts_get_no_reconstruction_gradient,
@@ -69,7 +69,7 @@ def test_mopoe_of_single_modalities_equals_mmvae(shifted: Any) -> None:
 
 
 def test_mopoe_of_full_subset_equals_joint_product(shifted: Any) -> None:
-    """With the prior among its experts it is the first ELBO of MVAE."""
+    """With the prior as one more expert this is the joint ELBO of MVAE."""
     model, other, x = small(MoPoEVAE, shifted), small(MVAE, shifted), images()
     other.load_state_dict(model.state_dict())
     model.subsets = lambda m, device: torch.ones(1, m, dtype=torch.bool, device=device)

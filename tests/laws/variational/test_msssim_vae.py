@@ -1,4 +1,4 @@
-"""Laws of VAE with a multiscale structural similarity (Snell et al. 2015)."""
+"""Laws of the VAE with a multiscale structural similarity (Snell et al. 2015)."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from perceptual_distance_laws import (  # noqa: F401
     SHAPE,
     images,
     test_distance_is_zero_only_for_perfect_reconstruction,
-    test_no_density_is_claimed,
+    test_elbo_and_log_likelihood_are_absent,
     test_only_likelihood_mean_is_used,
     test_the_loss_is_the_weighted_distance_and_the_kl,
     test_training_by_the_distance_reconstructs_digits,
@@ -110,7 +110,7 @@ def test_degenerate_images_have_finite_gradient(x: Tensor, y: Tensor) -> None:
 
 
 def test_opposite_structure_still_has_useful_gradient() -> None:
-    """Where a scale's similarity is negative torchmetrics gives 0 and no gradient."""
+    """Where a scale's similarity is negative torchmetrics gives 0 and a gradient of 0."""
     y = smooth(2, (1, 28, 28))
     x = (1 - y).requires_grad_()
     model = MSSSIMVAE((1, 28, 28), window=7).double()

@@ -23,15 +23,15 @@ from multimodal_laws import (  # noqa: F401
     PARTS,
     PRIOR,
     SUBSETS,
+    assert_equals_vae,
     assert_same_terms,
-    both,
+    encoded,
     exact_model,
     experts,
     given_noise,
     images,
-    is_the_vae,
     normal,
-    said,
+    one_part_model_and_vae,
     small,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
@@ -58,10 +58,10 @@ from aezoo.models.variational.mvtcae import MVTCAE
 from aezoo.models.variational.telbo import TELBO
 from aezoo.models.variational.vae import VAE
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
+# ---- sizes of the parts ----------------------------------------------------------------------------------------------
 
 
-def test_upper_and_lower_half_of_an_image_and_channels_are_parts() -> None:
+def test_image_halves_and_channels_can_be_parts() -> None:
     x = torch.rand(2, 1, 4, 4)
     upper, lower = MVAE((1, 4, 4)).split(x)
     assert torch.equal(upper, x[:, :, :2]) and torch.equal(lower, x[:, :, 2:])
@@ -115,7 +115,7 @@ def test_product_log_density_is_sum_of_members(with_prior: bool) -> None:
     torch.testing.assert_close(difference, difference[:1].expand_as(difference), rtol=1e-9, atol=1e-9)
 
 
-def test_one_expert_and_the_prior() -> None:
+def test_product_of_one_expert_and_prior_matches_formula() -> None:
     mu, log_var = experts(6, 1)
     found_mu, found_log_var = MVAE.product(mu, log_var)
     var = log_var[:, 0].exp()
@@ -136,7 +136,7 @@ def test_unit_variance_experts_average_with_prior() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("beta", [1.0, 3.0])
 def test_product_of_one_modality_equals_vae_with_prior_expert(beta: float, training: bool, shifted: Any) -> None:
-    model, vae = both(MVAE, shifted, beta=beta)
+    model, vae = one_part_model_and_vae(MVAE, shifted, beta=beta)
     plain = vae.posterior
 
     def with_prior(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def test_product_of_one_modality_equals_vae_with_prior_expert(beta: float, train
         return mu / log_var.exp() / precision, -precision.log()
 
     vae.posterior = with_prior
-    is_the_vae(model, vae, training, rtol=1e-12, atol=1e-12)
+    assert_equals_vae(model, vae, training, rtol=1e-12, atol=1e-12)
     assert model.loss(images())["subset_nelbo"] == 0
 
 
@@ -156,7 +156,7 @@ def test_loss_is_sum_of_subset_elbos(shifted: Any) -> None:
     """By loops over samples, subsets and their parts, with the densities of torch.distributions; gradients as well."""
     model, x = small(MVAE, shifted, n_subsets=2, beta=3.0, activation="tanh"), images(2)
     eps = torch.randn(2, 6, CODE, dtype=torch.float64)
-    mu, log_var = said(model, x)
+    mu, log_var = encoded(model, x)
     with pytest.MonkeyPatch.context() as patch:
         given_noise(patch, eps)
         torch.manual_seed(7)
@@ -194,7 +194,7 @@ def test_random_subsets_are_proper_and_uniform() -> None:
     assert (drawn[:, 0] != drawn[:, 1]).any()
 
 
-def test_random_subsets_need_three_modalities_and_a_request() -> None:
+def test_no_random_subsets_below_three_modalities() -> None:
     of = torch.ones(2, 3, dtype=torch.bool)
     assert MVAE((4,), n_subsets=9).subsets(of[:1, :2]).tolist() == [[[True, True], [True, False], [False, True]]]
     assert MVAE((4,), parts=(1, 1, 2), n_subsets=0).subsets(of[:1]).shape == (1, 4, 3)
@@ -260,7 +260,7 @@ def test_exact_posterior_weights_equal_evidence() -> None:
 
 
 def test_random_subsets_use_present_modalities(shifted: Any) -> None:
-    """Those of a model of these parts, each as likely as another of its size; with fewer than three there are none."""
+    """Like those of a model of the present parts, uniform within each size; none for fewer than three parts."""
     n, seen = 20_000, torch.tensor([True, False, True, True, True])
     model = MVAE((5,), parts=(1,) * 5, latent_dim=1, hidden_dims=())
     fixed, drawn = model.subsets(seen.expand(n, 5)).split([6, 1], 1)
@@ -274,7 +274,7 @@ def test_random_subsets_use_present_modalities(shifted: Any) -> None:
         assert len(counts) == count and stats.chisquare(counts).pvalue > 1e-3
     two, one = torch.tensor([[True, True, False, False, False], [True, False, False, False, False]])
     assert not model.subsets(two.expand(9, 5))[:, 6:].any()
-    assert model.subsets(one.expand(9, 5)).sum((1, 2)).tolist() == [1] * 9  # all, which is that one
+    assert model.subsets(one.expand(9, 5)).sum((1, 2)).tolist() == [1] * 9  # the subset of all present parts
 
 
 def test_table_with_missing_values_trains_on_request() -> None:

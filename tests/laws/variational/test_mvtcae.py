@@ -23,11 +23,11 @@ from multimodal_laws import (  # noqa: F401
     PRIOR,
     SHAPE,
     assert_same_terms,
-    both,
     exact_model,
     given_noise,
     images,
     normal,
+    one_part_model_and_vae,
     small,
     test_each_modality_has_its_own_decoder,
     test_importance_sampling_estimates_evidence,
@@ -50,7 +50,7 @@ from aezoo.models.variational.mvtcae import MVTCAE
 TERMS = ("loss", "nll", "kl", "parts_kl", "elbo")
 
 
-def saying(model: Any, mu_BMD: Tensor, log_var_BMD: Tensor) -> Any:
+def with_experts(model: Any, mu_BMD: Tensor, log_var_BMD: Tensor) -> Any:
     model.experts = lambda x, parts=None: (mu_BMD, log_var_BMD)
     return model
 
@@ -67,15 +67,15 @@ def test_loss_matches_torch_distributions(shifted: Any) -> None:
     q = D.Independent(D.Normal(mean, precision**-0.5), 1)
     x_hat = model.decode(mean + precision**-0.5 * eps)
     nll = -D.Bernoulli(probs=x_hat, validate_args=False).log_prob(x).flatten(1).sum(1)
-    kl, apart = D.kl_divergence(q, PRIOR), sum(D.kl_divergence(q, normal(*expert)) for expert in own)
-    expected = (3 - 0.7) / 3 * nll + 3.0 * ((1 - 0.7) * kl + 0.7 / 3 * apart)
-    means = (values.mean() for values in (expected, nll, kl, apart, -(nll + kl)))
+    kl, parts_kl = D.kl_divergence(q, PRIOR), sum(D.kl_divergence(q, normal(*expert)) for expert in own)
+    expected = (3 - 0.7) / 3 * nll + 3.0 * ((1 - 0.7) * kl + 0.7 / 3 * parts_kl)
+    means = (values.mean() for values in (expected, nll, kl, parts_kl, -(nll + kl)))
     assert_same_terms(model, terms, dict(zip(TERMS, means, strict=True)))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_alpha_0_equals_vae_of_expert_product(training: bool, shifted: Any) -> None:
-    """That is MoPoE-VAE of the subset of all parts."""
+    """Which is MoPoE-VAE with the subset of all parts only."""
     model, other, x = small(MVTCAE, shifted, alpha=0.0, beta=3.0), small(MoPoEVAE, shifted, beta=3.0), images()
     other.load_state_dict(model.state_dict())
     other.subsets = lambda m, device: torch.ones(1, m, dtype=torch.bool, device=device)
@@ -93,7 +93,7 @@ def test_alpha_0_equals_vae_of_expert_product(training: bool, shifted: Any) -> N
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_one_part_equals_vae_weighted_by_one_minus_alpha(alpha: float, shifted: Any) -> None:
-    model, vae = both(MVTCAE, shifted, beta=3.0)
+    model, vae = one_part_model_and_vae(MVTCAE, shifted, beta=3.0)
     model.alpha = alpha
     x, found = images(), []
     for each in (model, vae):
@@ -108,11 +108,11 @@ def test_one_part_equals_vae_weighted_by_one_minus_alpha(alpha: float, shifted: 
     assert model.loss(x)["parts_kl"] == 0
 
 
-@pytest.mark.parametrize("apart", [0.0, 1.0, 6.0])
-def test_kl_of_product_to_experts_matches_integration(apart: float) -> None:
-    mu, sigma = apart * np.array([-1.0, 0.2, 1.0]) + 0.3, np.array([0.5, 0.8, 0.4])
+@pytest.mark.parametrize("distance", [0.0, 1.0, 6.0])
+def test_kl_of_product_to_experts_matches_integration(distance: float) -> None:
+    mu, sigma = distance * np.array([-1.0, 0.2, 1.0]) + 0.3, np.array([0.5, 0.8, 0.4])
     own = [torch.from_numpy(values)[None, :, None] for values in (mu, 2 * np.log(sigma))]
-    model = saying(MVTCAE((3,), parts=(1, 1, 1), latent_dim=1, hidden_dims=()).double(), *own)
+    model = with_experts(MVTCAE((3,), parts=(1, 1, 1), latent_dim=1, hidden_dims=()).double(), *own)
     total = quad(lambda z: np.prod(stats.norm.pdf(z, mu, sigma)), -9, 9, epsabs=0, points=[*mu], limit=400)[0]
 
     def integrand(z: float) -> float:
@@ -124,16 +124,18 @@ def test_kl_of_product_to_experts_matches_integration(apart: float) -> None:
 
 
 def test_kl_of_agreeing_experts_is_precision_gain() -> None:
-    """M experts of one variance have a product of an M-th of it, wherever they are."""
+    """The product of M equal experts has 1 / M of their variance."""
     mu = 5 * torch.randn(4, 1, CODE, dtype=torch.float64).expand(4, 3, CODE)
     log_var = torch.randn(4, 1, CODE, dtype=torch.float64).expand(4, 3, CODE)
-    terms = saying(MVTCAE((3,), parts=(1, 1, 1), latent_dim=CODE).double(), mu, log_var).loss(torch.rand(4, 3).double())
+    terms = with_experts(MVTCAE((3,), parts=(1, 1, 1), latent_dim=CODE).double(), mu, log_var).loss(
+        torch.rand(4, 3).double()
+    )
     assert terms["parts_kl"].item() == pytest.approx(3 * CODE / 2 * (1 / 3 - 1 + math.log(3)), rel=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.9])
 def test_alpha_1_loss_is_independent_of_prior(alpha: float, shifted: Any) -> None:
-    """Codes that are all moved, and a decoder that moves them back, are as good, but for the prior."""
+    """Shifted codes, with decoders that shift them back, change the loss only by the KL to the prior."""
     model, x = small(MVTCAE, shifted, alpha=alpha, hidden_dims=()), images()
     found = []
     for _ in range(2):
@@ -150,8 +152,8 @@ def test_alpha_1_loss_is_independent_of_prior(alpha: float, shifted: Any) -> Non
     assert torch.isclose(*found, rtol=1e-9) == (alpha == 1.0)
 
 
-def test_a_linear_model_s_loss_is_known_in_closed_form() -> None:
-    """E_q |x - W z - m|^2 of a Gaussian q, in numpy; the loss's mean over draws is to be that."""
+def test_linear_model_loss_matches_closed_form() -> None:
+    """For the mean of the loss over draws, from E_q |x - W z - m|^2 of a Gaussian q in numpy."""
     scale, alpha, beta = 0.6, 0.7, 2.0
     exact, model, x = exact_model(MVTCAE, alpha=alpha, beta=beta)
     w, m = exact.stacked(range(3))
@@ -164,8 +166,8 @@ def test_a_linear_model_s_loss_is_known_in_closed_form() -> None:
     squares = ((x.numpy() - mean @ w.T - m) ** 2).sum(1) + ((w**2) * variance).sum()
     nll = squares / (2 * scale**2) + 9 / 2 * math.log(2 * math.pi * scale**2)
     kl = 0.5 * (mean**2 + variance - 1 - np.log(variance)).sum(1)
-    apart = sum(0.5 * (variance / v + (mean - mu) ** 2 / v - 1 - np.log(variance / v)).sum(1) for mu, v in own)
-    expected = (1 - alpha / 3) * nll + beta * ((1 - alpha) * kl + alpha / 3 * apart)
+    parts_kl = sum(0.5 * (variance / v + (mean - mu) ** 2 / v - 1 - np.log(variance / v)).sum(1) for mu, v in own)
+    expected = (1 - alpha / 3) * nll + beta * ((1 - alpha) * kl + alpha / 3 * parts_kl)
     with torch.no_grad():
         found = torch.stack([model.loss(x.repeat(500, 1))["loss"] for _ in range(10)])
     error = found.std().item() / math.sqrt(10)
@@ -186,10 +188,10 @@ def test_every_expert_learns_and_kl_skips_decoders(shifted: Any) -> None:
 def test_expert_kl_gradient_matches_finite_differences() -> None:
     model, x = MVTCAE((3,), parts=(1, 1, 1), latent_dim=2, hidden_dims=()).double(), torch.rand(2, 3).double()
     own = [torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda *own: saying(model, *own).loss(x)["parts_kl"], own)
+    assert torch.autograd.gradcheck(lambda *own: with_experts(model, *own).loss(x)["parts_kl"], own)
 
 
-def test_alpha_is_a_share_and_leaves_one_part_a_loss() -> None:
+def test_invalid_alpha_is_refused() -> None:
     assert MVTCAE(SHAPE, alpha=1.0).alpha == 1.0
     for alpha in (-0.1, 1.1):
         with pytest.raises(AezooError, match="alpha must be from 0 to 1"):

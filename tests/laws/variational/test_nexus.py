@@ -75,7 +75,7 @@ def own(model: Any, x: Tensor) -> list[Any]:
 
 
 def above(model: Any, z: Any, chosen: Any = range(M)) -> D.Independent:
-    """q(u|z_S) of a list of all parts' codes."""
+    """q(u|z_S), given the codes of all parts."""
     return normal(*model.top.node(sum(model.top.messages[i](z[i]) for i in chosen) / len(chosen)))
 
 
@@ -89,10 +89,7 @@ def below(model: Any, u: Tensor) -> list[D.Independent]:
 
 @pytest.mark.parametrize("chosen", [None, (1,), (0, 2)])
 def test_loss_matches_torch_distributions_with_joint_u(chosen: Any, shifted: Any) -> None:
-    """Of all parts where none is dropped, else of those that send messages; gradients as well.
-
-    The upper level does not change the codes below.
-    """
+    """With messages of all parts, or of some as with dropout; the upper level has no gradient for the codes below."""
     model, x = small(shifted, beta=3.0, top_beta=2.0), images()
     eps = torch.randn(5, M * P + CODE, dtype=torch.float64)
     if chosen:
@@ -185,13 +182,13 @@ def test_codes_of_missing_modalities_come_from_top_level(chosen: Any, shifted: A
     model, x = small(shifted).eval(), images()
     pairs = own(model, x)
     q_u = above(model, [mu for mu, _ in pairs], chosen)
-    told = below(model, q_u.mean)
+    predicted = below(model, q_u.mean)
     for order in itertools.permutations(chosen):
         mean, log_var = model.infer(x, order)
         torch.testing.assert_close(mean[:, :CODE], q_u.mean)
         torch.testing.assert_close(log_var[:, :CODE].exp(), q_u.variance)
         for i in range(M):
-            expected = normal(*pairs[i]) if i in chosen else told[i]
+            expected = normal(*pairs[i]) if i in chosen else predicted[i]
             z_i = slice(CODE + i * P, CODE + (i + 1) * P)
             torch.testing.assert_close(mean[:, z_i], expected.mean)
             torch.testing.assert_close(log_var[:, z_i].exp(), expected.variance)
@@ -236,7 +233,7 @@ SIZES, SCALE = (3, 4, 2), 2.0
 
 
 def linear(shifted: Any) -> tuple[Any, Any, Any]:
-    """All networks linear: a model of one value for u and each z_i, and how z and x are made of what is above them."""
+    """A linear model with one value for u and each z_i, mean and covariance of z, and W and b of E[x|z] = W z + b."""
     given = {"latent_dim": 1, "part_dim": 1, "level_dim": 2, "hidden_dims": (), "activation": "identity"}
     torch.manual_seed(0)
     model: Any = shifted(Nexus((9,), parts=SIZES, likelihood=f"gaussian:{SCALE}", **given).double()).eval()
@@ -254,7 +251,7 @@ def linear(shifted: Any) -> tuple[Any, Any, Any]:
 
 
 def test_bounds_and_importance_samples_against_evidence(shifted: Any) -> None:
-    """From encoders that say little: their draws are about as wide as the prior's, and about its mean."""
+    """With encoders that depend little on x, with the mean of the prior and about its width."""
     model, (mean, covariance), (W, b) = linear(shifted)
     law = stats.multivariate_normal(W @ mean + b, W @ covariance @ W.T + SCALE**2 * np.eye(9))
     x = law.rvs(4, random_state=1)
@@ -262,7 +259,7 @@ def test_bounds_and_importance_samples_against_evidence(shifted: Any) -> None:
         for net, m in zip((*model.encoder, model.top.node), (*mean, 0.0), strict=True):
             for p in net.parameters():
                 p *= 0.1
-            p.copy_(torch.tensor([m, 0.5]))  # the last is a bias, of a mean and a log-variance
+            p.copy_(torch.tensor([m, 0.5]))  # the last parameter is the bias of a mean and a log-variance
         found = model.log_likelihood(torch.from_numpy(x), 20_000).numpy()
         np.testing.assert_allclose(found, law.logpdf(x), rtol=0, atol=0.05)
         bounds = torch.stack([model.loss(torch.from_numpy(x).repeat(500, 1))["elbo"] for _ in range(10)])

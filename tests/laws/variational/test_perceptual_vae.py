@@ -1,7 +1,7 @@
-"""Laws of Deep feature consistent VAE (Hou et al. 2016).
+"""Laws of the deep feature consistent VAE (Hou et al. 2016).
 
 The model was compared with the most used port, on the same features, weights, batch and noise in float64. Differences
-are relative to the greatest value, those of gradients by the worst parameter, with Gaussian and Bernoulli outputs.
+are relative to the largest value, for gradients the largest of all parameters, with Gaussian and Bernoulli outputs.
 
     https://github.com/AntixK/PyTorch-VAE, commit a6896b944c918dd7030e7d795a8c13e5c6345ec7
         models/dfcvae.py, DFCVAE  features 0, distance 2.0e-16, KL 6.0e-16, loss 1.5e-16, gradients of 12 parameters 0
@@ -9,13 +9,13 @@ are relative to the greatest value, those of gradients by the worst parameter, w
 Their beta is weight / 2, their alpha our beta. Differs: the port adds the squared error of the values, a quarter to a
 third of its loss here, which neither the paper nor ours has, and reads other layers of VGG-19.
 
-The authors' code is Lua, and was read line by line: main_cvae_content.lua, KLDCriterion.lua, Sampler.lua,
+The authors' code is written in Lua and was read line by line: main_cvae_content.lua, KLDCriterion.lua, Sampler.lua,
 src/descriptor_net.lua and src/content_loss.lua of
 
     https://github.com/houxianxu/DFC-VAE, commit aa0307e28710464132d97d776407f0f86fb2867f
 
-have relu1_1, relu2_1 and relu3_1 and no error of values, as ours. Differs: their KL is a sum over the batch, their
-distances are means over it, of images scaled to 255; ours has means over samples, of images in [0, 1].
+It uses relu1_1, relu2_1 and relu3_1 and no error of values, like this model. Differs: their KL is a sum over the
+batch, their distances are means over it, of images scaled to 255; ours has means over samples, of images in [0, 1].
 """
 
 import math
@@ -32,7 +32,7 @@ from perceptual_distance_laws import (  # noqa: F401
     images,
     small,
     test_distance_is_zero_only_for_perfect_reconstruction,
-    test_no_density_is_claimed,
+    test_elbo_and_log_likelihood_are_absent,
     test_only_likelihood_mean_is_used,
     test_the_loss_is_the_weighted_distance_and_the_kl,
     test_training_by_the_distance_reconstructs_digits,
@@ -91,7 +91,7 @@ def test_random_features_are_fixed_and_use_no_rng() -> None:
     assert not torch.equal(one.decoder[1].weight, other.decoder[1].weight)
 
 
-def test_the_network_is_frozen_and_leaves_no_trace_in_the_model(shifted: Any) -> None:
+def test_feature_network_is_frozen_and_not_part_of_the_model(shifted: Any) -> None:
     model = shifted(small(PerceptualVAE)).train()
     net = model.feature_net()
     before = [p.clone() for p in net.parameters()]
@@ -119,7 +119,7 @@ def test_random_features_take_any_data(shape: tuple[int, ...]) -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An empty cache of torch.hub, and a writer of VGG weights into it."""
-    # set_dir could not undo itself: afterwards TORCH_HOME would no longer count
+    # torch.hub.set_dir cannot be undone, and TORCH_HOME would be ignored afterwards
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
 
@@ -186,7 +186,7 @@ def test_vgg_weights_load_from_any_path_others_are_refused(hub: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(("net", "layers"), [("mlp", 2), ("conv", 2), ("resnet", 2)])
-def test_saved_zoo_encoder_provides_features(net: str, layers: int, tmp_path: Path, shifted: Any) -> None:
+def test_saved_encoder_provides_features(net: str, layers: int, tmp_path: Path, shifted: Any) -> None:
     eye = shifted(aezoo.create_model("vae", SHAPE, net=net, hidden_dims=(8, 8), latent_dim=3))
     path, x = save_model(eye, tmp_path / "eye"), images().float()
     model = PerceptualVAE(SHAPE, features=str(path), hidden_dims=(4,)).train()
@@ -221,5 +221,5 @@ def test_invalid_feature_settings_are_refused(settings: dict[str, Any], word: st
         PerceptualVAE(SHAPE, **settings)
 
 
-def test_reading_needs_a_layer() -> None:
+def test_linear_layers_alone_give_no_features() -> None:
     assert FeatureNet([nn.Linear(2, 2), nn.Linear(2, 2)]).read == ()

@@ -1,4 +1,4 @@
-"""Laws of Partially importance weighted autoencoder (Rainforth et al. 2018)."""
+"""Laws of the partially importance weighted autoencoder (Rainforth et al. 2018)."""
 
 import pytest
 import torch
@@ -41,17 +41,17 @@ def test_piwae_gradients_are_miwae_encoder_iwae_decoder(estimator: str) -> None:
     torch.testing.assert_close(gradient(losses[0], encoder(piwae)), gradient(losses[1], encoder(miwae)))
     torch.testing.assert_close(gradient(losses[0], decoder(piwae)), gradient(losses[2], decoder(iwae)))
     assert torch.equal(losses[0], losses[2])
-    # the two parents disagree, so that a swap would show
+    # the gradients of MIWAE and IWAE differ, so a swap of encoder and decoder would be detected
     both = [gradient(losses[1], part(miwae)) - gradient(losses[2], part(iwae)) for part in (encoder, decoder)]
     assert all(difference.abs().max() > 1e-2 for difference in both)
     assert gradient(losses[0], [piwae.likelihood.log_scale]).abs() > 1e-2
 
 
-# ---- numbers at the edge, and how it runs ----------------------------------------------------------------------------
+# ---- very different weights ------------------------------------------------------------------------------------------
 
 
 def test_piwae_encoder_learns_from_low_weight_groups() -> None:
-    """Its gradient is a mean over groups, while the decoder sees the better group only."""
+    """Its gradient is a mean over groups, while that of the decoder comes from the better group only."""
     piwae, miwae = (small(name, n_groups=2, n_samples=3) for name in ("piwae", "miwae"))
     x, far, found = data(3), torch.tensor([0.0] * 3 + [2000.0] * 3).double(), []
     for model in (piwae, miwae):

@@ -1,4 +1,4 @@
-"""Laws of Poincare VAE (Mathieu et al. 2019)."""
+"""Laws of the Poincare VAE (Mathieu et al. 2019)."""
 
 import math
 from typing import Any
@@ -32,12 +32,12 @@ def distance(x: Tensor, y: Tensor, c: float) -> Tensor:
 
 
 def moebius(x: Tensor, y: Tensor, c: float) -> Tensor:
-    """Addition as the paper prints it."""
+    """Moebius addition as in the paper."""
     xy, xx, yy = c * (x * y).sum(-1, keepdim=True), c * (x * x).sum(-1, keepdim=True), c * (y * y).sum(-1, keepdim=True)
     return ((1 + 2 * xy + yy) * x + (1 - xx) * y) / (1 + 2 * xy + xx * yy)
 
 
-def disc(d: int, c: float, **settings: Any) -> Any:
+def poincare(d: int, c: float, **settings: Any) -> Any:
     return aezoo.create_model(
         "poincare_vae", (2, 3, 3), latent_dim=d, curvature=c, hidden_dims=(16,), **settings
     ).double()
@@ -45,14 +45,14 @@ def disc(d: int, c: float, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("c", [0.01, 1.0, 4.0])
 def test_exp_and_log_maps_are_inverse_isometries(c: float) -> None:
-    ball = disc(3, c).ball
+    ball = poincare(3, c).ball
     scale = 1 / math.sqrt(c)
     x, y = points(40, 3, c, torch.linspace(0, 6, 40).double() * scale), points(40, 3, c).flip(0)
     torch.testing.assert_close(ball.add(x, y), moebius(x, y, c), rtol=1e-6, atol=1e-9)
     v = ball.log(x, y)
     torch.testing.assert_close(ball.exp(x, v), y, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(v.norm(dim=1), distance(x, y, c), rtol=1e-6, atol=1e-7)
-    # the straight way by its definition: exp_x(u) = x + tanh(sqrt(c) lambda |u| / 2) u / (sqrt(c) |u|), u = v / lambda
+    # the exponential map as defined: exp_x(u) = x + tanh(sqrt(c) lambda |u| / 2) u / (sqrt(c) |u|), u = v / lambda
     u = v * (1 - c * x.square().sum(1, keepdim=True)) / 2
     size = u.norm(dim=1, keepdim=True)
     reach = torch.tanh(math.sqrt(c) * size / (1 - c * x.square().sum(1, keepdim=True))) * u / (math.sqrt(c) * size)
@@ -62,12 +62,12 @@ def test_exp_and_log_maps_are_inverse_isometries(c: float) -> None:
 
 
 def test_maps_stay_inverse_and_finite_at_the_boundary() -> None:
-    """At the distance 24 a code is 1e-10 from the boundary; float32 ends at 17."""
-    ball = disc(3, 1.0).ball
+    """At distance 24 a code is 1e-10 from the boundary; the largest distance in float32 is 17."""
+    ball = poincare(3, 1.0).ball
     far = points(20, 3, 1.0, torch.linspace(12, 24, 20).double())
     torch.testing.assert_close(ball.exp_0(ball(far)), far, rtol=1e-12, atol=0)
     torch.testing.assert_close(ball(far).norm(dim=1), torch.linspace(12, 24, 20).double(), rtol=1e-5, atol=0)
-    assert torch.atanh(far.float().norm(dim=1)).isinf().any()  # rivals' form
+    assert torch.atanh(far.float().norm(dim=1)).isinf().any()  # with atanh, as in other implementations
     step = torch.randn(20, 3, dtype=torch.float64)
     torch.testing.assert_close(
         ball.log(far[:8], ball.exp(far[:8], step[:8])).norm(dim=1), step[:8].norm(dim=1), rtol=1e-2, atol=1e-2
@@ -85,7 +85,7 @@ def test_maps_stay_inverse_and_finite_at_the_boundary() -> None:
 @pytest.mark.parametrize("c", [0.05, 1.0, 3.0])
 def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
     """In polar coordinates about the centre, where the volume is (sinh(sqrt(c) r) / sqrt(c))^(D-1) dr."""
-    model = disc(2, c)
+    model = poincare(2, c)
     radii = torch.linspace(0, 14 / math.sqrt(c) + 6, 1401, dtype=torch.float64)[:-1] + 0.005
     width = float(radii[1] - radii[0])
     turns = torch.arange(720, dtype=torch.float64) * 2 * math.pi / 720
@@ -100,9 +100,9 @@ def test_the_wrapped_normal_integrates_to_one_over_the_ball(c: float) -> None:
 
 @pytest.mark.slow
 def test_samples_match_reported_density() -> None:
-    """E_q[p / q] = 1, with log q from the draw or from its place, and E_q[log q] against torch's normal at c -> 0."""
+    """The log q of a draw is that at its code, E_q[p / q] = 1, and the density for c -> 0 is torch's normal."""
     for c in (0.2, 1.0):
-        model = disc(3, c)
+        model = poincare(3, c)
         mean = torch.tensor([[0.5, -0.3, 0.2]], dtype=torch.float64)
         log_var = torch.tensor([[0.3, 0.1, 0.4]], dtype=torch.float64)
         model.posterior = lambda x, given=(mean, log_var): given
@@ -110,7 +110,7 @@ def test_samples_match_reported_density() -> None:
         again = model.ball.log_density(model.ball.log(model.ball.exp_0(mean), z), log_var)
         torch.testing.assert_close(again, log_q, rtol=1e-6, atol=1e-6)
         assert (model.log_prior(z) - log_q).exp().mean().item() == pytest.approx(1, abs=0.03)
-    flat = disc(3, 1e-6)
+    flat = poincare(3, 1e-6)
     v = torch.randn(5, 3, dtype=torch.float64)
     expected = D.Normal(torch.zeros(3).double(), (0.5 * log_var).exp()).log_prob(v).sum(1)
     torch.testing.assert_close(flat.ball.log_density(v, log_var), expected, rtol=0, atol=1e-5)
@@ -118,7 +118,7 @@ def test_samples_match_reported_density() -> None:
 
 def test_zero_curvature_limit_equals_vae(shifted: Any) -> None:
     x = torch.rand(6, 2, 3, 3, dtype=torch.float64)
-    flat = shifted(disc(5, 1e-6, beta=2.0)).double()
+    flat = shifted(poincare(5, 1e-6, beta=2.0)).double()
     vae = aezoo.create_model("vae", (2, 3, 3), latent_dim=5, hidden_dims=(16,), beta=2.0).double()
     vae.load_state_dict({name.replace("decoder.1.", "decoder."): value for name, value in flat.state_dict().items()})
     torch.testing.assert_close(flat(x), vae(x), rtol=0, atol=1e-5)
@@ -130,7 +130,7 @@ def test_zero_curvature_limit_equals_vae(shifted: Any) -> None:
         terms += [model.loss(x), *(model.loss(x.repeat(300, 1, 1, 1)) for _ in range(4))]
     assert found[0]["nll"].item() == pytest.approx(expected[0]["nll"].item(), rel=1e-4)
     kl = torch.stack([terms["kl"] for terms in found[1:]]).mean().item()
-    assert kl == pytest.approx(expected[0]["kl"].item(), abs=0.03)  # of draws, in place of the closed form
+    assert kl == pytest.approx(expected[0]["kl"].item(), abs=0.03)  # estimated from draws
     assert found[0]["loss"].item() == pytest.approx((found[0]["nll"] + 2 * found[0]["kl"]).item())
     torch.manual_seed(1)
     one = flat.log_likelihood(x, 50)
@@ -139,13 +139,13 @@ def test_zero_curvature_limit_equals_vae(shifted: Any) -> None:
 
 
 def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
-    model, x = shifted(disc(3, 1.0)).double().eval(), torch.rand(3, 2, 3, 3, dtype=torch.float64)
+    model, x = shifted(poincare(3, 1.0)).double().eval(), torch.rand(3, 2, 3, 3, dtype=torch.float64)
     z, log_q = model.sample_posterior(x, 20_000)
     log_px = [-model.nll(model.decoder(z[:, i]), x[i : i + 1].expand(20_000, 2, 3, 3)) for i in range(3)]
     weights = torch.stack(log_px, 1) + model.log_prior(z) - log_q
     elbo = torch.stack([model.loss(x.repeat(500, 1, 1, 1))["elbo"] for _ in range(5)]).mean()
     assert elbo.item() == pytest.approx(weights.mean().item(), abs=0.05)
-    # the score's KL has no noise and little error
+    # the score's KL is a deterministic approximation
     kl = (log_q - model.log_prior(z)).mean(0)
     torch.testing.assert_close(model.kl(*model.posterior(x)), kl, rtol=0.05, atol=0.02)
     at_mu = -D.Bernoulli(model(x), validate_args=False).log_prob(x).flatten(1).sum(1)
@@ -157,8 +157,8 @@ def test_the_poincare_elbo_is_the_mean_log_weight(shifted: Any) -> None:
 
 
 def test_negative_sampled_kl_is_not_clamped() -> None:
-    """Its gradient is that of the KL, whatever the sign; there is no capacity that it could be at a distance from."""
-    model, x = disc(3, 1.0, beta=2.0), torch.rand(2, 2, 3, 3, dtype=torch.float64)
+    """The gradient of the loss is that of the KL for both signs; the model has no capacity."""
+    model, x = poincare(3, 1.0, beta=2.0), torch.rand(2, 2, 3, 3, dtype=torch.float64)
     mean = torch.full((2, 3), 0.1, dtype=torch.float64, requires_grad=True)
     log_var = torch.full((2, 3), -0.2, dtype=torch.float64, requires_grad=True)
     model.posterior, signs = (lambda x: (mean, log_var)), set()
@@ -179,7 +179,7 @@ def test_negative_sampled_kl_is_not_clamped() -> None:
 
 def test_map_gradients_match_finite_differences() -> None:
     for c in (0.3, 2.0):
-        model = disc(3, c)
+        model = poincare(3, c)
         mean, v = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
         log_var = torch.randn(4, 3, dtype=torch.float64)
 
@@ -196,7 +196,7 @@ def test_map_gradients_match_finite_differences() -> None:
 def test_boundary_codes_stay_finite() -> None:
     for c in (1e-6, 1.0, 1e6):
         for size in (0.0, 1e-20, 1.0, 50.0, 1e4, 1e30):
-            model = disc(4, c).float()
+            model = poincare(4, c).float()
             with torch.no_grad():
                 model.encoder[-2].bias[:4] = size
                 model.encoder[-2].weight *= size > 0
@@ -209,6 +209,6 @@ def test_boundary_codes_stay_finite() -> None:
             assert model(x).isfinite().all() and model.encode(x).norm(dim=1).max() * math.sqrt(c) < 1
 
 
-def test_a_curvature_is_positive() -> None:
+def test_zero_curvature_is_refused() -> None:
     with pytest.raises(AezooError, match="near 0 take vae"):
-        disc(3, 0.0)
+        poincare(3, 0.0)

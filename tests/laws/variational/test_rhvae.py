@@ -1,4 +1,4 @@
-"""Laws of Riemannian Hamiltonian VAE (Chadebec et al. 2022)."""
+"""Laws of the Riemannian Hamiltonian VAE (Chadebec et al. 2022)."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ from aezoo.manifolds.riemannian import half_log_det, velocity
 
 
 def curved(**settings: Any) -> Any:
-    """A model whose centroids lie among the codes, so that the metric bends there."""
+    """A model whose centroids lie among the codes, so that the metric varies there."""
     torch.manual_seed(4)
     model = small("rhvae", **{"n_centroids": 7, "latent_dim": 3, "metric_floor": 0.3, "step_size": 0.1, **settings})
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_metric_matches_centroid_sum_and_is_positive() -> None:
     torch.testing.assert_close(found, torch.stack([explicit_metric(model, row) for row in z]))
     torch.testing.assert_close(found, found.mT)
     values = torch.linalg.eigvalsh(found)
-    assert values.min() > 0.3 and values.max() > 0.6  # the floor, and more than that
+    assert values.min() > 0.3 and values.max() > 0.6  # above the floor
     torch.testing.assert_close(half_log_det(found), 0.5 * torch.logdet(found.inverse()))
     torch.testing.assert_close(inverse(z + 100), 0.3 * torch.eye(3, dtype=torch.float64).expand(5, 3, 3))
     v = normals(5, 3)
@@ -112,7 +112,7 @@ def test_flat_metric_equals_hamiltonian_vae(shifted: Any) -> None:
 
 
 def test_riemannian_bound_matches_joint_density() -> None:
-    """With N(v; 0, G) by torch.distributions at both ends."""
+    """With N(v; 0, G) by torch.distributions for the first and the last momentum."""
     model, x = curved(n_leapfrog=2, beta_0=0.5, n_fixed_point=30), images(6)
     z, log_q, gamma = draws_of(model, x, 5)
     terms = model.loss(x)
@@ -132,7 +132,7 @@ def test_riemannian_bound_matches_joint_density() -> None:
 
 @pytest.mark.slow
 def test_importance_weights_of_the_riemannian_flow_are_unbiased() -> None:
-    """E[w] = p(x), which sums over all binary images to one."""
+    """E[w] = p(x), whose sum over all binary images is 1."""
     torch.manual_seed(0)
     model = aezoo.create_model(
         "rhvae", (3,), latent_dim=2, hidden_dims=(), n_centroids=4, n_fixed_point=8, metric_floor=0.5, step_size=0.1
@@ -145,7 +145,7 @@ def test_importance_weights_of_the_riemannian_flow_are_unbiased() -> None:
     assert total == pytest.approx(1, abs=0.05)
 
 
-def test_centroids_are_the_codes_seen_last() -> None:
+def test_centroids_are_the_most_recent_codes() -> None:
     model = small("rhvae", n_centroids=5).train()
     before = model.centroids_MD.clone()
     x, other = images(2), images(2)
@@ -163,7 +163,7 @@ def test_centroids_are_the_codes_seen_last() -> None:
 
 @pytest.mark.slow
 def test_samples_follow_root_inverse_metric_determinant() -> None:
-    """Around a single centroid of one dimension it is a Gaussian of standard deviation T, down to the floor."""
+    """For a single centroid in one dimension this is a Gaussian with standard deviation T, except for the floor."""
     model = small("rhvae", latent_dim=1, n_centroids=1, temperature=0.7, metric_floor=1e-6)
     model.centroids_MD.fill_(2.0)
     z = model.sample_prior(3000)[:, 0]
@@ -174,7 +174,7 @@ def test_samples_follow_root_inverse_metric_determinant() -> None:
     assert model.sample(4).shape == (4, *SHAPE)
 
 
-def test_bad_settings_of_the_rhvae_are_refused() -> None:
+def test_invalid_rhvae_settings_are_refused() -> None:
     for setting in ({"n_centroids": 0}, {"temperature": 0.0}, {"metric_floor": 0.0}, {"n_fixed_point": 0}):
         with pytest.raises(AezooError, match=next(iter(setting))):
             small("rhvae", **setting)

@@ -1,4 +1,4 @@
-"""Laws of Semi-supervised variational autoencoder, M1 (Kingma et al. 2014)."""
+"""Laws of the semi-supervised variational autoencoder, M1 (Kingma et al. 2014)."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_classifier_of_fixed_codes_is_logistic_regression() -> None:
     with torch.no_grad():
         codes = model.encode(x)
     y = torch.from_numpy(rng.integers(0, 3, 60))
-    weight = 1e-2  # so that the optimum is one
+    weight = 1e-2  # so that the optimum is unique
     optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=500, tolerance_grad=1e-10, tolerance_change=0)
     layer = next(m for m in model.classifier.modules() if isinstance(m, torch.nn.Linear))
 
@@ -86,7 +86,7 @@ def test_classifier_of_fixed_codes_is_logistic_regression() -> None:
 
 
 def test_undetached_classifier_code_is_detected() -> None:
-    """The slip: the code is not detached, so that the VAE is no longer the one of the data only."""
+    """Without the detach the labels would have an effect on the encoder."""
     model, _ = pair()
     x, y = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 3
     F.nll_loss(model.log_q(model.posterior(x)[0]), y).backward()
@@ -104,7 +104,7 @@ def test_data_without_classes_are_refused_in_one_line() -> None:
         aezoo.create_model("semi_supervised_m1", (4,), num_classes=0)
 
 
-# ---- codes, samples and labels that are none -------------------------------------------------------------------------
+# ---- invalid labels --------------------------------------------------------------------------------------------------
 
 
 def test_m1_refuses_out_of_range_labels() -> None:

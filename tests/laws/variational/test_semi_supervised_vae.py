@@ -1,4 +1,4 @@
-"""Laws of Semi-supervised variational autoencoder, M2 (Kingma et al. 2014)."""
+"""Laws of the semi-supervised variational autoencoder, M2 (Kingma et al. 2014)."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from label_laws import (  # noqa: F401
     make,
     moved,
     noise_of,
-    of_every_label,
+    terms_per_label,
     test_bounds_are_ordered_away_from_true_posterior,
     test_compiled_loss_takes_any_share_of_labels,
     test_data_without_classes_are_refused,
@@ -33,7 +33,7 @@ import aezoo
 from aezoo import DataModule, nets
 from aezoo.models.variational.semi_supervised_vae import SemiSupervisedVAE
 
-# ---- codes, samples and labels that are none -------------------------------------------------------------------------
+# ---- codes and scores ------------------------------------------------------------------------------------------------
 
 
 def test_predicted_label_matches_classifier() -> None:
@@ -41,7 +41,7 @@ def test_predicted_label_matches_classifier() -> None:
     q = D.Categorical(logits=model.classifier(x))
     torch.testing.assert_close(model.classify(x).exp(), q.probs)
     assert torch.equal(model.encode(x)[:, LATENT:].argmax(1), q.probs.argmax(1))
-    nll, kl, _ = of_every_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
+    nll, kl, _ = terms_per_label(model, x, torch.zeros(20, LATENT, dtype=torch.float64))
     expected = (q.probs * (nll + kl + math.log(K))).sum(1) - q.entropy()
     torch.testing.assert_close(model.score(x), expected)
 
@@ -50,11 +50,11 @@ def test_predicted_label_matches_classifier() -> None:
 
 
 def unlabelled_law(cls: type[SemiSupervisedVAE]) -> None:
-    """U(x) = sum_y q(y|x) (L(x, y) + log q(y|x)) in a loop, L(x, y) + alpha cross-entropy where there is a label."""
+    """U(x) = sum_y q(y|x) (L(x, y) + log q(y|x)) in a loop, or L(x, y) + alpha cross-entropy for a labelled sample."""
     model = moved(cls((6,), latent_dim=LATENT, num_classes=K, hidden_dims=(8,), alpha=7.0).double())
     x = data()
     for y in (None, torch.tensor([-1, -1, -1, -1, -1]), torch.tensor([-1, 2, -1, 0, 1]), torch.tensor([1, 2, 0, 0, 1])):
-        nll, kl, _ = of_every_label(model, x, noise_of(model, x))
+        nll, kl, _ = terms_per_label(model, x, noise_of(model, x))
         terms = model.loss(x, y)
         losses, cross = [], []
         for i in range(5):
@@ -70,7 +70,7 @@ def unlabelled_law(cls: type[SemiSupervisedVAE]) -> None:
 
 
 class EntropyAdded(SemiSupervisedVAE):
-    """U with the sign of the entropy turned, as its usual spelling -U = sum q (-L) + H invites."""
+    """U with the wrong sign of the entropy, by misreading the usual form -U = sum q (-L) + H."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x, y)
@@ -81,7 +81,7 @@ class EntropyAdded(SemiSupervisedVAE):
 
 
 class MeanOfLabelled(SemiSupervisedVAE):
-    """The cross-entropy averaged over the labelled samples of a batch: another weight in each batch."""
+    """The cross-entropy averaged over the labelled samples of a batch, which gives each batch another weight."""
 
     def loss(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         terms = super().loss(x, y)
@@ -101,10 +101,10 @@ def test_the_bound_of_unlabelled_samples_is_the_sum_over_labels() -> None:
     unlabelled_law(SemiSupervisedVAE)
 
 
-@pytest.mark.parametrize("rival", [EntropyAdded, MeanOfLabelled, HardLabel])
-def test_wrong_unlabelled_bounds_are_detected(rival: Any) -> None:
+@pytest.mark.parametrize("mistake", [EntropyAdded, MeanOfLabelled, HardLabel])
+def test_wrong_unlabelled_bounds_are_detected(mistake: Any) -> None:
     with pytest.raises(AssertionError):
-        unlabelled_law(rival)
+        unlabelled_law(mistake)
 
 
 def test_full_labels_equal_conditional_vae() -> None:
@@ -128,7 +128,7 @@ def test_full_labels_equal_conditional_vae() -> None:
 
 
 def test_terms_train_expected_networks() -> None:
-    """Labels move the classifier through the cross-entropy only, which moves nothing else; without, through U."""
+    """With labels the classifier is trained by the cross-entropy only, without labels by U."""
     x, y, none = data(), torch.tensor([0, 2, 1, 1, 0]), torch.full((5,), -1)
 
     def reached(term: str, labels: Tensor) -> set[str]:
@@ -159,7 +159,7 @@ def accuracy(log_q: Tensor, y: Tensor) -> float:
 
 
 def supervised(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
-    """Accuracy of a classifier of the labelled samples only: the model's own net at its best step, or a linear one."""
+    """Accuracy with the labelled samples only: the best of a linear classifier and all steps of the model's network."""
     rows = (y >= 0).nonzero()[:, 0]
     found = [LogisticRegression(max_iter=1000).fit(x[rows].flatten(1), y[rows]).score(x_test.flatten(1), y_test)]
     torch.manual_seed(0)
@@ -175,7 +175,7 @@ def supervised(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
 
 
 def semi_supervised(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, steps: int, **settings: Any) -> float:
-    """Accuracy of the model's classifier, a tenth of whose batches has labels."""
+    """Accuracy of the model's classifier, with labels of at least a tenth of each batch."""
     rows = (y >= 0).nonzero()[:, 0]
     torch.manual_seed(0)
     model: Any = aezoo.create_model(

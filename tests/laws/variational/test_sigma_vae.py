@@ -1,4 +1,4 @@
-"""Laws of Optimal sigma-VAE, a calibrated decoder (Rybkin et al. 2021)."""
+"""Laws of the optimal sigma-VAE, a calibrated decoder (Rybkin et al. 2021)."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ import aezoo
 
 
 def errors(model: Any, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The terms, the reconstruction of the code that was drawn and the squared errors of all values."""
+    """The loss terms, the reconstruction of the drawn code, and the squared errors of all values."""
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_hook(lambda _, inputs, output: seen.append(output))
     terms = model.loss(x)
@@ -41,7 +41,7 @@ def errors(model: Any, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 
 
 def test_sigma_minimises_loss(shifted: Any) -> None:
-    """s^2 is the MSE; no other s has a lower loss, as scipy finds it; the loss is that of torch's normal there."""
+    """s^2 is the MSE, s minimises the loss by scipy, and the loss is that of torch's normal with this s."""
     model, x = shifted(small("sigma_vae")), images(9) * 3
     terms, x_hat, squared = errors(model, x)
     assert terms["sigma"].item() ** 2 == pytest.approx(squared.mean().item(), rel=1e-12)
@@ -60,7 +60,7 @@ def test_sigma_minimises_loss(shifted: Any) -> None:
 
 
 def test_sigma_needs_no_gradient(shifted: Any) -> None:
-    """dL/ds = 0 at the optimum: the weights' gradient is that of the loss with s^2 written out as the MSE."""
+    """dL/ds = 0 at the optimum, so the weights' gradient is that of the loss with s^2 written as the MSE."""
     model, x = shifted(small("sigma_vae")), images(9)
     terms, _, squared = errors(model, x)
     written_out = 18 / 2 * torch.log(2 * math.pi * math.e * squared.mean())
@@ -88,7 +88,7 @@ def test_fixed_sigma_equals_gaussian_vae(shifted: Any) -> None:
         torch.testing.assert_close(mine[term], theirs[term])
     for p, q in zip(sigma_vae.parameters(), vae.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
-    # evaluation, scores and importance weights take the sigma that training has left
+    # evaluation, scores and importance weights use the sigma of the likelihood
     sigma_vae.likelihood.log_scale.fill_(math.log(sigma))
     mine, theirs = losses(sigma_vae, vae, x=x[:4], training=False)
     for term in ("loss", "nll", "kl", "elbo"):
@@ -103,7 +103,7 @@ def test_fixed_sigma_equals_gaussian_vae(shifted: Any) -> None:
 
 
 def test_evaluation_uses_running_mean_of_sigma(shifted: Any, tmp_path: Any) -> None:
-    """The running mean of log sigma: where training stands still it is the batch's own; evaluation does not move it."""
+    """With constant weights the running mean of log sigma tends to the batch's value; evaluation does not update it."""
     model, x = shifted(small("sigma_vae")), images(9) * 5
     start = model.likelihood.log_scale.item()
     sigmas = [model.loss(x)["sigma"].item() for _ in range(60)]

@@ -83,7 +83,7 @@ def test_loss_is_joint_elbo_plus_unimodal_elbos(shifted: Any) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian:learned"])
 def test_joint_vae_part_equals_vae_of_whole_samples(likelihood: str, training: bool, shifted: Any) -> None:
-    """In its gradients too: in the parts' own ELBOs decoders and the scale are held."""
+    """With its gradients, since decoders and the scale are constant in the ELBOs of the parts."""
     model, x = small(TELBO, shifted, beta=3.0, likelihood=likelihood), images()
     vae = vae_of(model, beta=3.0, likelihood=likelihood)
     vae.likelihood = model.likelihood
@@ -120,7 +120,7 @@ def test_unimodal_encoder_learns_from_its_elbo(likelihood: str, shifted: Any) ->
 
 @pytest.mark.parametrize("net", ["conv", "resnet", "gdn", "vit", "lstm"])
 def test_every_decoder_type_is_frozen_in_unimodal_elbos(net: str, shifted: Any) -> None:
-    """Recurrent ones, ones with attention and ones whose weights are not parameters but made of them."""
+    """Including recurrent networks, attention, and networks whose weights are computed from parameters."""
     model = shifted(TELBO((3, 8, 8), latent_dim=2, net=net, hidden_dims=(4, 4)))
     terms = model.loss(torch.rand(2, 3, 8, 8))
     assert all(g is None or (g == 0).all() for g in gradients(terms["parts_nelbo"], model.decoder))
@@ -158,7 +158,7 @@ def test_kl_is_float32_for_half_precision_encoders() -> None:
 
 
 def exact_model(**settings: Any) -> tuple[Exact, Any]:
-    """Experts that say p(x_i|z) as functions of z, and a joint encoder that says p(z|x); a linear model, in numpy."""
+    """A linear model in numpy, and a TELBO with experts at p(x_i|z) as functions of z, the joint encoder at p(z|x)."""
     exact = Exact()
     model: Any = TELBO((9,), parts=SIZES, latent_dim=K, hidden_dims=(), likelihood=f"gaussian:{SCALE}", **settings)
     exact.copy_into(model.double())
@@ -200,32 +200,32 @@ def test_exact_posterior_weights_equal_evidence() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_training_finds_unimodal_posteriors(beta: float) -> None:
-    """Those of the likelihood raised to gamma / beta."""
+    """The posteriors for the likelihood raised to gamma / beta."""
     exact, model = exact_model(beta=beta, gamma=2.0)
     x, sharper = drawn(exact, 400), math.sqrt(SCALE**2 * beta / 2.0)
     with torch.no_grad():
         for p in model.encoder.parameters():
             p.mul_(0.5)
 
-    def missed() -> list[float]:
-        """How far each part's posterior is from the exact one, in nats."""
-        said, found = model.experts(x), []
+    def gaps() -> list[float]:
+        """KL of each part's posterior from the exact one."""
+        experts, found = model.experts(x), []
         for i, part in enumerate(x.split(SIZES, 1)):
             w, m = exact.stacked((i,))
             covariance = np.linalg.inv(np.eye(K) + w.T @ w / sharper**2)
             mean = torch.from_numpy((part.numpy() - m) @ w @ covariance / sharper**2)
             p = D.Independent(D.Normal(mean, torch.from_numpy(np.sqrt(np.diag(covariance)))), 1)
-            found.append(D.kl_divergence(with_prior(*(v[:, i] for v in said)), p).mean().item())
+            found.append(D.kl_divergence(with_prior(*(v[:, i] for v in experts)), p).mean().item())
         return found
 
-    assert min(missed()) > 0.1
+    assert min(gaps()) > 0.1
     optimizer = torch.optim.Adam(model.encoder.parameters(), lr=0.05)
     for step in range(200):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 200)
         optimizer.zero_grad()
         model.loss(x)["loss"].backward()
         optimizer.step()
-    assert max(missed()) < 0.01, missed()
+    assert max(gaps()) < 0.01, gaps()
 
 
 def test_joint_code_ignores_order_of_modalities(shifted: Any) -> None:

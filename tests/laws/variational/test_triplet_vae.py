@@ -1,4 +1,4 @@
-"""Laws of Triplet-based VAE (Ishfaq et al. 2018)."""
+"""Laws of the triplet-based VAE (Ishfaq et al. 2018)."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from aezoo.bases.triplet import MINING
 # ---- triplets: Schroff et al. 2015, Hermans et al. 2017 --------------------------------------------------------------
 
 
-def losses_of_one_noise(models: list[Any], training: bool) -> list[dict[str, Tensor]]:
+def losses_with_same_noise(models: list[Any], training: bool) -> list[dict[str, Tensor]]:
     found = []
     for model in models:
         torch.manual_seed(3)
@@ -47,7 +47,7 @@ def test_zero_weight_equals_vae_exactly(mining: str, training: bool, shifted: An
     for model in (without, with_it):
         model.load_state_dict(vae.state_dict())
         model.capacity = vae.capacity = 1.0
-    mine, theirs, other = losses_of_one_noise([without, vae, with_it], training)
+    mine, theirs, other = losses_with_same_noise([without, vae, with_it], training)
     assert mine["triplet"] > 0
     for term in ("loss", "nll", "kl", "elbo"):
         assert torch.equal(mine[term], theirs[term])
@@ -58,7 +58,7 @@ def test_zero_weight_equals_vae_exactly(mining: str, training: bool, shifted: An
 
 @pytest.mark.parametrize("mining", MINING)
 def test_triplet_term_is_triplet_ae_loss_of_means(mining: str, shifted: Any) -> None:
-    """Of the posterior's means, whatever is drawn; variances and the decoder get no gradient."""
+    """Of the posterior's means, not of the draws; variances and the decoder get no gradient."""
     settings = {"mining": mining, "margin": 0.7}
     model, ae = small("triplet_vae", shifted, **settings), small("triplet_ae", shifted, **settings)
     mu, log_var = (torch.randn(6, CODE, dtype=torch.float64).requires_grad_() for _ in range(2))

@@ -1,4 +1,4 @@
-"""Laws of Two-stage VAE (Dai & Wipf 2019)."""
+"""Laws of the two-stage VAE (Dai & Wipf 2019)."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ from aezoo.models.variational.vae import VAE
 
 
 def two_stages(latent_dim: int = 3, **settings: Any) -> tuple[Any, Any]:
-    """A model of two stages, and a VAE of its first one's weights."""
+    """A two-stage model, and a VAE with the weights of its first stage."""
     model = small("two_stage_vae", latent_dim, second_hidden_dims=(10,), **settings)
     vae = small("vae", latent_dim, likelihood="gaussian:learned")
     vae.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("second.")})
@@ -50,19 +50,19 @@ def test_first_stage_has_vae_loss_and_gradient() -> None:
     parts = torch.autograd.grad(second, first_stage(model), retain_graph=True, allow_unused=True)
     assert all(part is None for part in parts)
     torch.testing.assert_close(terms["loss"], vae_terms["loss"] + second)
-    # codes that are not detached would pull the encoder to where the second stage likes them
+    # without the detach the loss of the second stage would have a gradient for the encoder
     torch.manual_seed(3)
     joint = model.second.loss(model.sample_posterior(x, 1)[0][0])["loss"]
     assert torch.autograd.grad(joint, model.encoder[1].weight)[0].abs().max() > 1e-3
     torch.testing.assert_close(model.score(x), vae.score(x))
 
 
-def test_first_stage_trains_as_if_alone() -> None:
+def test_second_stage_does_not_affect_the_first() -> None:
     model, vae = two_stages()
     for one in (model, vae):
         optimizer = torch.optim.Adam(one.parameters(), 1e-2)
         for step in range(5):
-            torch.manual_seed(step)  # as the loop does
+            torch.manual_seed(step)  # as in the training loop
             optimizer.zero_grad()
             one.loss(data())["loss"].backward()
             optimizer.step()
@@ -89,7 +89,7 @@ def test_second_stage_is_vae_of_codes_with_joint_elbo() -> None:
 
 
 def linear_stages() -> tuple[Any, D.Distribution, D.Distribution]:
-    """Two stages with linear decoders, and what z and x are distributed as then, in closed form."""
+    """A model with linear decoders, and its distributions of z and x in closed form."""
     torch.manual_seed(7)
     model = aezoo.create_model(
         "two_stage_vae", (4,), latent_dim=2, hidden_dims=(), second_hidden_dims=(), likelihood="gaussian:0.5"
@@ -113,14 +113,14 @@ def test_linear_stages_match_closed_form() -> None:
     model, of_z, of_x = linear_stages()
     drawn = model.sample_prior(100_000)
     assert (drawn.mean(0) - of_z.mean).abs().max() < 0.03
-    assert (torch.cov(drawn.T) - of_z.covariance_matrix).abs().max() < 0.05  # with the noise at z
+    assert (torch.cov(drawn.T) - of_z.covariance_matrix).abs().max() < 0.05  # including the noise of p(z|u)
     z, x = of_z.sample((4,)), of_x.sample((4,))
     found = torch.logsumexp(model.log_prior(z.expand(20_000, 4, 2)), 0) - math.log(20_000)
     torch.testing.assert_close(found, of_z.log_prob(z), rtol=0, atol=0.05)
     torch.testing.assert_close(model.log_likelihood(x, 40_000), of_x.log_prob(x), rtol=0, atol=0.1)
     with torch.no_grad():
         assert model.loss(x.repeat(2000, 1))["elbo"] < of_x.log_prob(x).mean()
-    # a standard normal prior in its place is another model
+    # a standard normal prior would differ
     wrong = VAE.log_prior(model, z)
     assert (wrong - of_z.log_prob(z)).abs().max() > 0.1
 
@@ -139,10 +139,10 @@ def test_samples_pass_through_both_decoders() -> None:
     torch.testing.assert_close(x, found)
 
 
-# ---- what cannot work ------------------------------------------------------------------------------------------------
+# ---- annealing -------------------------------------------------------------------------------------------------------
 
 
-def test_two_stages_have_no_weight_to_anneal() -> None:
+def test_annealing_of_two_stages_is_refused() -> None:
     for mode in ("linear", "capacity"):
         with pytest.raises(aezoo.AezooError, match="needs a model with a number"):
             BetaAnnealing(mode, n_steps=5).setup(None, aezoo.create_model("two_stage_vae", input_shape=(4,)), "fit")

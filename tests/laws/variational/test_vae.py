@@ -1,4 +1,4 @@
-"""Laws of Variational autoencoder (Kingma & Welling 2013)."""
+"""Laws of the variational autoencoder (Kingma & Welling 2013)."""
 
 import copy
 import math
@@ -59,8 +59,8 @@ def ppca(train: Tensor, k: int, spectrum: Any, x: Tensor) -> float:
     return float(-0.5 * (len(values) * np.log(2 * np.pi) + np.log(variances).sum() + (z**2 / variances).sum(1).mean()))
 
 
-def reaches_ppca(model: Any, train: Tensor, test: Tensor, k: int, spectrum: Any) -> tuple[float, float, float]:
-    """Nats that the model lacks on train and on test, and the slack of its bounds: the optimum is never beaten."""
+def assert_reaches_ppca(model: Any, train: Tensor, test: Tensor, k: int, spectrum: Any) -> tuple[float, float, float]:
+    """Gaps in nats to the optimum on train and test, and of the ELBO to log p(x); the optimum is never exceeded."""
     gap = ppca(train, k, spectrum, train) - exact(model, train).mean().item()
     assert -1e-3 < gap < 1
     test_gap = ppca(train, k, spectrum, test) - exact(model, test).mean().item()
@@ -89,7 +89,7 @@ def test_a_linear_vae_is_probabilistic_pca_on_digits(digits_vae: Any, digits: Te
     assert ppca(train, 8, spectrum, test) == pytest.approx(
         PCA(8).fit(train.flatten(1).double().numpy()).score(test.flatten(1).double().numpy()), abs=0.1
     )
-    reaches_ppca(digits_vae, train, test, 8, spectrum)
+    assert_reaches_ppca(digits_vae, train, test, 8, spectrum)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_linear_vae_is_probabilistic_pca_on_mnist(mnist5k: Tensor, spectrum: A
     train, test = x[:3500], x[3500:]
     model = centred(linear_vae((1, 28, 28), 6), train)
     adam(model, train, steps=1500, lr=1e-2, batch=256)
-    reaches_ppca(model, train, test, 6, spectrum)
+    assert_reaches_ppca(model, train, test, 6, spectrum)
 
 
 @pytest.mark.slow
@@ -113,14 +113,14 @@ def test_a_linear_vae_is_probabilistic_pca_on_fashion_mnist(
         assert ppca(train, k, lambda _: found, test) == pytest.approx(of_test, abs=6e-3)
     model = centred(linear_vae((1, 28, 28), 8), train)
     adam(model, train, steps=3000, lr=1e-2, batch=512)
-    reaches_ppca(model, train, test, 8, lambda _: found)
+    assert_reaches_ppca(model, train, test, 8, lambda _: found)
 
 
 # ---- bounds: Burda et al. 2015 ---------------------------------------------------------------------------------------
 
 
 def bounds(model: Any, x: Tensor, ks: tuple[int, ...], rows: int) -> list[float]:
-    """The importance-weighted bounds, each averaged over as many rows of noise."""
+    """The importance-weighted bounds, each averaged over the same number of draws."""
     return [torch.stack([model.log_likelihood(x, k).mean() for _ in range(rows // k)]).mean().item() for k in ks]
 
 
@@ -151,7 +151,7 @@ def test_elbo_iwae_and_evidence_are_ordered(digits_vae: Any, digits: Tensor) -> 
 
 
 def true_posterior(k: int, dims: int) -> Any:
-    """A linear VAE with orthogonal columns, whose posterior is diagonal, and whose encoder is that posterior."""
+    """A linear VAE with orthogonal columns of W, so that the posterior is diagonal, and the encoder at it."""
     model = linear_vae((dims,), k).double()
     lengths = torch.linspace(0.5, 2, k, dtype=torch.float64)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def elbo_law(make: Callable[..., Any]) -> None:
     assert torch.equal(terms["elbo"], -(terms["nll"] + terms["kl"]))
 
 
-def train_is_evaluation(make: Callable[..., Any]) -> None:
+def train_equals_evaluation_law(make: Callable[..., Any]) -> None:
     """With the same noise, training and evaluation compute the same loss."""
     model, x = make(), torch.rand(6, 2, 3, 3, dtype=torch.float64)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def log_likelihood_law(make: Callable[..., Any]) -> None:
 
 
 def score_law(make: Callable[..., Any]) -> None:
-    """The anomaly score is one number a sample, without noise: -log p(x | mu) + KL."""
+    """The anomaly score is one number per sample, without noise: -log p(x | mu) + KL."""
     model, x = make().eval(), torch.rand(6, 2, 3, 3, dtype=torch.float64)
     with torch.no_grad():
         model.encoder[-2].bias += torch.linspace(-1, 1, 10)
@@ -304,7 +304,7 @@ def score_law(make: Callable[..., Any]) -> None:
     torch.testing.assert_close(model(x), model.decoder(mu).sigmoid())
 
 
-LAWS = (kl_law, elbo_law, train_is_evaluation, capacity_law, log_likelihood_law, score_law)
+LAWS = (kl_law, elbo_law, train_equals_evaluation_law, capacity_law, log_likelihood_law, score_law)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -353,22 +353,22 @@ class Pythae(VAE):
 
 
 @pytest.mark.parametrize(
-    ("rival", "law"),
+    ("mistake", "law"),
     [
         (PyOD, kl_law),
         (PyOD, elbo_law),
         (PyOD, capacity_law),
         (PyOD, score_law),
         (PyTorchVAE, kl_law),
-        (PyTorchVAE, train_is_evaluation),
+        (PyTorchVAE, train_equals_evaluation_law),
         (Bolts, elbo_law),
         (Pythae, log_likelihood_law),
     ],
     ids=lambda value: value.__name__,
 )
-def test_wrong_vae_formulas_are_detected(rival: Any, law: Any) -> None:
+def test_wrong_vae_formulas_are_detected(mistake: Any, law: Any) -> None:
     def make(**settings: Any) -> Any:
-        return rival((2, 3, 3), latent_dim=5, hidden_dims=(16,), **settings).double()
+        return mistake((2, 3, 3), latent_dim=5, hidden_dims=(16,), **settings).double()
 
     with pytest.raises(AssertionError):
         law(make)
@@ -420,7 +420,7 @@ def test_posterior_samples_have_its_mean_and_deviation() -> None:
 
 
 def test_the_gradient_reaches_mean_and_variance_through_the_draw() -> None:
-    """d/dmu and d/dlog_var of the decoder's term only: pathwise, 1 and eps exp(log_var / 2) / 2 times that in z."""
+    """The gradients of nll by mu and log_var are 1 and eps exp(log_var / 2) / 2 times that by z."""
     mu, log_var = (t.double().requires_grad_() for t in POSTERIORS["both"]())
     model, seen = small(), []
     model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -1,4 +1,4 @@
-"""Laws of VAE with a normalising-flow posterior (Rezende & Mohamed 2015)."""
+"""Laws of the VAE with a normalising-flow posterior (Rezende & Mohamed 2015)."""
 
 import torch
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
@@ -20,8 +20,8 @@ from posterior_flow_laws import (  # noqa: F401
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-def test_steps_are_the_encoder_s_output_for_the_sample() -> None:
-    """Amortised: two samples have two flows, and the encoder learns from the log-determinant only."""
+def test_flow_parameters_are_amortised() -> None:
+    """Each sample has a flow of its own, and the log-determinant has a gradient for the encoder."""
     for kind in KINDS:
         model, x = small(kind), data(2)
         steps = model.amortised(x)[2]

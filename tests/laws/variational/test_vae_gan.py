@@ -1,4 +1,4 @@
-"""Laws of VAE-GAN (Larsen et al. 2015)."""
+"""Laws of the VAE-GAN (Larsen et al. 2015)."""
 
 from typing import Any
 
@@ -11,11 +11,10 @@ from adversarial_laws import (  # noqa: F401
     draw,
     gradients,
     images,
-    sets,
+    player_parameters,
     size,
     small,
     test_beta_and_capacity_apply_to_kl_term,
-    test_indifferent_discriminator_pays_log_2_per_class,
     test_inference_equals_vae,
     test_no_term_reaches_other_networks,
     test_one_backward_gives_each_network_its_gradient,
@@ -23,6 +22,7 @@ from adversarial_laws import (  # noqa: F401
     test_resumed_networks_use_requested_learning_rates,
     test_training_matches_separate_optimisers,
     test_two_ranks_equal_one_process,
+    test_zero_logits_cost_log_2_per_term,
 )
 from gradient_laws import test_gradients_are_derivatives_of_the_terms  # noqa: F401
 from torch import Tensor
@@ -35,20 +35,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
 ]
 
-# ---- who trains what -------------------------------------------------------------------------------------------------
+# ---- which loss trains which network ---------------------------------------------------------------------------------
 
 
 def test_gradient_leaks_between_networks_are_detected(shifted: Any) -> None:
-    """Pythae lets FactorVAE's discriminator loss into the encoder; the GAN's into the encoder is the same slip."""
+    """In Pythae the loss of FactorVAE's discriminator has a gradient for the encoder; so would a GAN loss here."""
     model, x = shifted(small("factor_vae")), images()
     _, z, _ = draw(model, x)
     leaky = F.softplus(-model.discriminator(z)).mean() + F.softplus(model.discriminator(model.permute_dims(z))).mean()
-    assert size(gradients(leaky, sets(model)["vae"])) > 1e-3
+    assert size(gradients(leaky, player_parameters(model)["vae"])) > 1e-3
     model = shifted(small("vae_gan"))
     _, _, params = draw(model, x)
     t = model.discriminator["head"](model.discriminator["features"](model.likelihood.mean(params)))
     for player in ("encoder", "decoder", "discriminator"):
-        assert size(gradients(F.softplus(t).mean(), sets(model)[player])) > 1e-3
+        assert size(gradients(F.softplus(t).mean(), player_parameters(model)[player])) > 1e-3
 
 
 # ---- VAE-GAN ---------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_exact_reconstruction_has_zero_feature_distance(shifted: Any) -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "conv", "resnet"])
 def test_feature_distance_is_invariant_to_critic_scale(net: str, shifted: Any) -> None:
-    """Features a hundred times as large: with s = 1 the distance would be ten thousand times as large."""
+    """With s = 1, features scaled by 100 would scale the distance by 10,000."""
     model, x = shifted(small("vae_gan", net=net, hidden_dims=(8,))), images()
     found = []
     for factor in (1, 100):
@@ -84,7 +84,7 @@ def test_feature_distance_is_invariant_to_critic_scale(net: str, shifted: Any) -
 
 
 def test_constant_features_give_finite_losses() -> None:
-    """As of images of one colour, once the decoder makes them exactly."""
+    """As for images of one colour that the decoder reconstructs exactly."""
     model = small("vae_gan")
     with torch.no_grad():
         for p in model.discriminator["features"].parameters():
@@ -99,7 +99,7 @@ def test_constant_features_give_finite_losses() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rate", "gamma"), [(1e-2, 0.0), (1e-2, 1.0), (1e-4, 0.1)])
 def test_discriminator_learning_rate_ratio_keeps_loss_bounded(rate: float, gamma: float, digits: Tensor) -> None:
-    """Neither a discriminator that wins nor a decoder that no reconstruction holds makes a loss grow."""
+    """Neither a fast discriminator nor a decoder without a reconstruction term makes a loss diverge."""
     torch.manual_seed(0)
     x, worst = digits[:1024].float(), {"feature_nll": 0.0, "discriminator": 0.0}
     model = aezoo.create_model(

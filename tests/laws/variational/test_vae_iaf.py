@@ -1,4 +1,4 @@
-"""Laws of VAE with inverse autoregressive flow (Kingma et al. 2016)."""
+"""Laws of the VAE with inverse autoregressive flow (Kingma et al. 2016)."""
 
 import pytest
 import torch
@@ -34,5 +34,5 @@ def test_iaf_jacobian_is_triangular_and_order_alternates(n_flows: int) -> None:
     assert torch.equal(jacobian, jacobian.tril()) and (jacobian.tril(-1).abs() > 0).sum() == 6
     torch.testing.assert_close(jacobian.diagonal(), torch.sigmoid(a + 1.5)[0])
     torch.testing.assert_close(one.flow(z, steps)[0], torch.sigmoid(a + 1.5) * z + (1 - torch.sigmoid(a + 1.5)) * m)
-    # of several steps each element depends on all: with one order for all of them it would be triangular still
+    # after several steps each element depends on all; with the same order in all steps it would stay triangular
     assert (whole.abs() > 0).all() == (n_flows > 1)

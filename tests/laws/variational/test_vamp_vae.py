@@ -1,4 +1,4 @@
-"""Laws of VAE with a VampPrior (Tomczak & Welling 2017)."""
+"""Laws of the VAE with a VampPrior (Tomczak & Welling 2017)."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_data_pseudo_inputs_give_aggregate_posterior() -> None:
     with torch.no_grad():
         alone.pseudo_K.copy_(x[:1].logit())
     terms = alone.loss(x[:1])
-    assert terms["kl"].abs() < 1e-9 and terms["nll"] > 1  # p(z) = q(z|x): the code costs nothing
+    assert terms["kl"].abs() < 1e-9 and terms["nll"] > 1  # p(z) = q(z|x)
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "discretised_logistic", "gaussian", "laplace:learned"])
@@ -51,12 +51,12 @@ def test_pseudo_inputs_stay_in_data_range(likelihood: str) -> None:
     assert u.shape == (50, 2, 3, 3)
     inside = bool((u >= 0).all() and (u <= 1).all())
     assert inside == model.likelihood.unit_interval
-    # unlike a hardtanh's, the gradient does not die at the ends
+    # unlike with hardtanh, the gradient does not vanish at the ends
     (slope,) = torch.autograd.grad((0.01 * u).sum(), model.pseudo_K)
     assert bool((slope > 0).any(0).all())
 
 
-# ---- what cannot work ------------------------------------------------------------------------------------------------
+# ---- initialisation --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])

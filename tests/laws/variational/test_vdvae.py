@@ -1,4 +1,4 @@
-"""Laws of Very deep VAE (Child 2021)."""
+"""Laws of the very deep VAE (Child 2021)."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ def images(n: int = 5, shape: tuple[int, ...] = (1, 4, 6)) -> Tensor:
 
 
 def apply(net: Any, y: Tensor) -> Tensor:
-    """A bottleneck, by its weights only."""
+    """A bottleneck block, computed from its weights."""
     weights = list(net.parameters())
     for weight, bias in zip(weights[::2], weights[1::2], strict=True):
         y = torch.nn.functional.conv2d(torch.nn.functional.gelu(y), weight, bias, padding=weight.shape[-1] // 2)
@@ -39,7 +39,7 @@ def apply(net: Any, y: Tensor) -> Tensor:
 
 
 def written_out(model: Any, x: Tensor, noise: list[Tensor]) -> tuple[Tensor, list[D.Normal], list[D.Normal], Tensor]:
-    """The code, all q and p, and the decoder's output of two resolutions by torch.distributions, from the paper."""
+    """The code, all q and p, and the decoder's output for two resolutions, by torch.distributions from the paper."""
     up, down = model.encoder, model.decoder
     y = torch.nn.functional.conv2d(x, up.first.weight, up.first.bias, padding=1)
     y = y + apply(up.stages[0][0], y)
@@ -66,7 +66,7 @@ def written_out(model: Any, x: Tensor, noise: list[Tensor]) -> tuple[Tensor, lis
 
 
 def noise_of(model: Any, n: int) -> list[Tensor]:
-    """What the model draws from the generator as it stands: coarse block, then the two fine ones."""
+    """The noise that the model draws next: for the coarse block, then for the two fine ones."""
     return [torch.randn(n, 2, *grid, dtype=torch.float64) for grid in ((2, 3), (4, 6), (4, 6))]
 
 
@@ -105,7 +105,7 @@ def test_vdvae_codes_scores_densities_match_its_groups(shifted: Any) -> None:
         torch.testing.assert_close(model.score(x), fit + kl)
         log_std = torch.cat([d.scale.log().flatten(1) for d in q], 1)
         torch.testing.assert_close(model.posterior(x)[1], 2 * log_std)
-        # draws, for one image many at a time
+        # many draws for one image
         torch.manual_seed(3)
         z_KBD, log_q_KB = model.sample_posterior(x[:1], n)
         torch.manual_seed(3)
@@ -117,13 +117,13 @@ def test_vdvae_codes_scores_densities_match_its_groups(shifted: Any) -> None:
             density = sum(d.log_prob(part).flatten(1).sum(1) for d, part in zip(ds, parts, strict=True))
             torch.testing.assert_close(found[:, 0], density)
         torch.testing.assert_close(model.decode(z_KBD[:, 0]), out.sigmoid())
-        # what the codec is told of each group, given those before
+        # the distributions of each group given the earlier ones, which the codec uses
         many, flat = x[:1].expand(n, 1, 4, 6), [part.flatten(1) for part in parts]
         for i, layer in enumerate(model.latent_chain().layers):
             for (mean, scale), d in ((layer.posterior(many, flat[:i]), q[i]), (layer.prior(flat[:i], n), p[i])):
                 torch.testing.assert_close(mean, d.loc.flatten(1))
                 torch.testing.assert_close(scale, d.scale.flatten(1))
-        # draws from the prior, which are standard normal once its own means and scales are taken off
+        # draws from the prior, standardised with its means and scales, are standard normal
         drawn = model.sample_prior(n)
         levels = model.decoder.forward_levels(n, codes=[*drawn.split((12, 48, 48), 1)])[1]
         free = torch.cat([(level.z - level.m) * torch.exp(-0.5 * level.log_s2) for level in levels], 1)
@@ -134,7 +134,7 @@ def test_vdvae_codes_scores_densities_match_its_groups(shifted: Any) -> None:
 
 @pytest.mark.slow
 def test_vdvae_log_likelihood_is_importance_bound(shifted: Any) -> None:
-    """In one pass as in the VAE's three, whatever the number of rows; and it rises from the ELBO."""
+    """A single pass equals the three steps of the VAE for any number of rows; the bound rises from the ELBO."""
     model, x = deep(shifted), images()
     for n in (1, 7):
         torch.manual_seed(4)
@@ -152,7 +152,7 @@ def test_vdvae_log_likelihood_is_importance_bound(shifted: Any) -> None:
     rows: list[int] = []
     model.decoder.last.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     wide = images(4, (1, 4, 6)).repeat(25, 1, 1, 1)
-    model.width = 1024  # as it would be: 2^23 / (1024 * 24) rows fit
+    model.width = 1024  # only to limit rows: 2^23 / (1024 * 24) fit
     model.log_likelihood(wide, 10)
     assert sum(rows) == 1000
     assert max(rows) == 300
@@ -161,7 +161,7 @@ def test_vdvae_log_likelihood_is_importance_bound(shifted: Any) -> None:
 
 
 def test_one_block_equals_flat_vae(shifted: Any) -> None:
-    """With a prior of N(0, I), as at the start, the bound is the VAE's formula."""
+    """With the initial prior N(0, I) the bound is that of the VAE."""
     model = deep(None, enc_blocks=(1,), dec_blocks=(1,))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -186,7 +186,7 @@ def test_init_has_standard_priors_and_depth_scaling() -> None:
     for level in levels:
         assert not level.m.any()
         assert not level.log_s2.any()
-    # p_net adds nothing to the stream: with the ways of z and net shut the image's stream is that of the start
+    # p_net adds nothing to the stream: without z and net the stream is the sum of the starts
     with torch.no_grad():
         starts = [start.normal_() for start in model.decoder.starts]
         for name, p in model.decoder.named_parameters():
@@ -226,7 +226,7 @@ def test_blocks_have_the_published_shapes() -> None:
     def bottleneck(n_in: int, n_out: int, kernel: int) -> list[tuple[int, ...]]:
         return [(8, n_in, 1, 1), (8, 8, kernel, kernel), (8, 8, kernel, kernel), (n_out, 8, 1, 1)]
 
-    for i, kernel in enumerate((3, 3, 1, 1)):  # 3x3 above 2x2
+    for i, kernel in enumerate((3, 3, 1, 1)):  # 3x3 kernels for grids above 2x2
         assert shapes(model.encoder.stages[i]) == bottleneck(32, 32, kernel)
         for block in model.decoder.stages[i]:
             assert shapes(block.q) == bottleneck(64, 10, kernel)
@@ -260,7 +260,7 @@ def test_resolutions_halve_for_any_image_size(shape: tuple[int, ...], grids: lis
     assert model.decoder.sizes == [
         math.prod(grid) for grid, n in zip(grids[::-1], (2, 1, 1), strict=True) for _ in range(n)
     ]
-    # a pooled value is the mean of what there is, an unpooled one what it comes from
+    # at an odd edge a pooled value is the mean of fewer values
     with torch.no_grad():
         for stage in model.encoder.stages:
             for layer in (layer for net in stage for layer in net if hasattr(layer, "weight")):
@@ -284,7 +284,7 @@ def test_lossless_coding_rate_matches_bound(digits: Tensor, tmp_path: Path) -> N
     found = compress(model, x, mode="lossless", compare=False, out=str(tmp_path))
     assert np.array_equal(decompress(model, str(tmp_path / "samples.aez")).x, (255 * x).byte().numpy())
     assert found.net_bits == pytest.approx(np.mean(bits[:50]), rel=0.03)
-    assert np.mean(bits[50:]) > 0.05 * np.mean(bits[:50])  # the latent variables count
+    assert np.mean(bits[50:]) > 0.05 * np.mean(bits[:50])  # the latent variables have a share of the rate
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Laws of the weakly supervised models: who is with whom, what a pair or a group has in common, ranks, and slips."""
+"""Laws of the weakly supervised VAEs: pairs and groups by labels, averaged posteriors, several ranks."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from aezoo.models.variational.triplet_vae import TripletVAE
 from aezoo.models.variational.vae import VAE
 from aezoo.testing import SharedNoise
 
-# the model of each case whose name is not a model's, for conftest.py
+# the model of each case, for conftest.py
 MODEL_OF = {"gvae": "ada_gvae"}
 
 
@@ -47,7 +47,7 @@ def normal(mu: Tensor, log_var: Tensor) -> D.Normal:
 
 
 def terms_at(model: Any, mu: Tensor, log_var: Tensor, y: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """The loss with given posteriors, and the codes that the decoder saw, at noise 0."""
+    """The loss with given posteriors and zero noise, and the decoder's input in it."""
     model.posterior = lambda x: (mu, log_var)
     seen: list[Tensor] = []
     hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -72,7 +72,7 @@ ALONE: dict[str, Tensor | None] = {
 }
 
 
-def twins(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
+def model_and_vae(make: Any, shifted: Any, **settings: Any) -> tuple[Any, Any]:
     model, vae = small(make, **settings), shifted(small(VAE))
     model.load_state_dict(vae.state_dict())
     return model, vae
@@ -88,7 +88,7 @@ def losses(model: Any, vae: Any, y: Tensor | None, training: bool) -> list[dict[
     return found
 
 
-def is_the_vae(model: Any, vae: Any, y: Tensor | None, training: bool) -> None:
+def assert_equals_vae(model: Any, vae: Any, y: Tensor | None, training: bool) -> None:
     mine, theirs = losses(model, vae, y, training)
     for term in ("loss", "nll", "kl", "elbo"):
         torch.testing.assert_close(mine[term], theirs[term], rtol=1e-10, atol=1e-12)
@@ -100,24 +100,24 @@ def is_the_vae(model: Any, vae: Any, y: Tensor | None, training: bool) -> None:
 @pytest.mark.parametrize("y", ALONE.values(), ids=list(ALONE))
 @pytest.mark.parametrize("make", WEAK)
 def test_ungrouped_samples_equal_vae(make: Any, y: Tensor | None, training: bool, shifted: Any) -> None:
-    is_the_vae(*twins(make, shifted), y, training)
+    assert_equals_vae(*model_and_vae(make, shifted), y, training)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_averaging_sample_with_itself_is_identity(average: str, shifted: Any) -> None:
-    is_the_vae(*twins(AdaGVAE, shifted, average=average), ALONE["all different"], True)
+    assert_equals_vae(*model_and_vae(AdaGVAE, shifted, average=average), ALONE["all different"], True)
 
 
 @pytest.mark.parametrize("make", WEAK)
 def test_group_labels_change_loss(make: Any, shifted: Any) -> None:
-    mine, theirs = losses(*twins(make, shifted), labels(0, 0, 1, 1, -1, -1), True)
+    mine, theirs = losses(*model_and_vae(make, shifted), labels(0, 0, 1, 1, -1, -1), True)
     assert (mine["loss"] - theirs["loss"]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("make", WEAK)
 def test_inference_without_labels_equals_vae(make: Any, shifted: Any) -> None:
     x, found = images(), []
-    for each in twins(make, shifted):
+    for each in model_and_vae(make, shifted):
         torch.manual_seed(5)
         each.eval()
         found.append([each.encode(x), each(x), each.score(x), each.log_likelihood(x, 20), each.sample(3)])
@@ -127,7 +127,7 @@ def test_inference_without_labels_equals_vae(make: Any, shifted: Any) -> None:
 
 @pytest.mark.parametrize("make", WEAK)
 def test_beta_weighs_distance_of_kl_from_capacity(make: Any, shifted: Any) -> None:
-    """On both sides of it (Burgess et al. 2018), in addition to the model's terms."""
+    """On both sides of the capacity (Burgess et al. 2018); the model's other terms stay the same."""
     model, x, found = shifted(small(make)), images(), []
     for beta, capacity in ((1.0, 0.0), (0.25, 0.0), (0.25, 90.0)):
         model.beta, model.capacity = beta, capacity
@@ -179,7 +179,7 @@ def test_loss_uses_averaged_posteriors(average: str) -> None:
     torch.testing.assert_close(terms["loss"], terms["nll"] + 3 * terms["kl"])
 
 
-# ---- all -------------------------------------------------------------------------------------------------------------
+# ---- all models ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", WEAK)
@@ -208,8 +208,8 @@ def test_groups_and_pairs_ignore_batch_order(make: Any, shifted: Any) -> None:
     torch.testing.assert_close(*found)
 
 
-def shares_of_the_common_factor(model: Any, with_labels: bool) -> float:
-    """Of data a u + b v, with a common to each pair: the least share of a dimension's variance that is within pairs."""
+def least_variance_within_pairs(model: Any, with_labels: bool) -> float:
+    """Train on x = a u + b v with one a per pair; return the least share within pairs of a code's variance."""
     torch.manual_seed(1)
     pair = torch.arange(256).repeat_interleave(2)
     a, b = torch.randn(256).repeat_interleave(2), torch.randn(512)
@@ -234,7 +234,7 @@ def test_pair_training_finds_shared_dimension(make: Any) -> None:
     for with_labels in (True, False):
         torch.manual_seed(0)
         model = make((6,), latent_dim=2, hidden_dims=(), likelihood="gaussian:0.3")
-        found.append(shares_of_the_common_factor(model, with_labels))
+        found.append(least_variance_within_pairs(model, with_labels))
     assert found[0] < 0.01 < 0.05 < found[1]
 
 

@@ -1,4 +1,4 @@
-"""Configurations that a stranger could send, as YAML texts; `evil.Evil` leaves a canary when it is imported."""
+"""Hostile configurations as YAML texts; importing `evil.Evil` creates a canary."""
 
 _LAMBDA = (
     "trainer: {{callbacks: [{{class_path: lightning.pytorch.callbacks.LambdaCallback, "
@@ -6,7 +6,7 @@ _LAMBDA = (
 )
 _SHELL = "{class_path: subprocess.Popen, init_args: {args: 'mkdir canary', shell: true}}"
 
-# refused by the import policy, whose message names the flag that would allow it
+# refused by the import policy, whose message names the option that would allow it
 CLASSES = {
     "model": "model: {class_path: evil.Evil}",
     "model as text": "model: evil.Evil",

@@ -1,4 +1,4 @@
-"""Files that a stranger could send: pickles that run code, archives that grow, headers that lie."""
+"""Hostile files: pickles that run code, archives that expand, and wrong headers."""
 
 import gzip
 import io
@@ -24,7 +24,7 @@ class Bomb:
 
 
 def pickled(path, content, how):
-    """Write `content` as torch's zip format, as its legacy format, or as a bare pickle."""
+    """Write `content` in torch's zip format, in its legacy format, or as a bare pickle."""
     if how == "pickle":
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
@@ -48,7 +48,7 @@ def with_bomb(checkpoint, canary, where):
 
 
 def inflated(path, source, size=64 * 2**20):
-    """A deflated copy of a checkpoint with one more member of `size` zeros."""
+    """A deflated copy of a checkpoint with an additional member of `size` zeros."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         top = old.namelist()[0].split("/")[0]
         for member in old.namelist():
@@ -58,7 +58,7 @@ def inflated(path, source, size=64 * 2**20):
 
 
 def npy_header(shape, descr="'<f4'"):
-    """An .npy file that declares a shape and brings no values."""
+    """An .npy file that declares a shape and has no values."""
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
     text += " " * (-(len(text) + 11) % 64) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
@@ -73,7 +73,7 @@ def npz(path, **members):
 
 
 def npz_bomb(path, size=64 * 2**20):
-    """Zeros that deflate to a thousandth."""
+    """Zeros that deflate to a thousandth of their size."""
     np.savez_compressed(path, x=np.zeros((size // 1024, 1024), np.uint8))
     return path
 
@@ -85,7 +85,7 @@ def idx_bomb(path, declared, size=64 * 2**20):
 
 
 def tar_that_escapes(path):
-    """A tar file with an honest member, one of `../`, one of an absolute path and a link that leaves the folder."""
+    """A tar file with a regular member, one of `../`, one with an absolute path, and a link that leaves the folder."""
     with tarfile.open(path, "w:gz") as archive:
         for name in ("honest.txt", "../escaped.txt", str(Path(path).parent / "absolute.txt")):
             member = tarfile.TarInfo(name)

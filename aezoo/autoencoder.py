@@ -147,9 +147,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         Raises:
             AezooError: the model has no prior.
         """
-        raise AezooError(
-            f"{display_name(type(self))} has no prior to sample from: take a variational model such as vae"
-        )
+        raise AezooError(f"{display_name(type(self))} has no prior to sample from: use a variational model such as vae")
 
     def score(self, x: Tensor) -> Tensor:
         """-log p(x | z) in nats for z = encode(x), or another criterion of the model: (B, *input_shape) -> (B,).

@@ -74,9 +74,7 @@ def corruption(name: str) -> Corruption | None:
         return None
     kind, _, argument = name.partition(":")
     if kind not in CORRUPTIONS:
-        raise AezooError(
-            f"unknown corruption {name!r}: take none or one of {', '.join(f'{c}:0.3' for c in CORRUPTIONS)}"
-        )
+        raise AezooError(f"unknown corruption {name!r}: choose from none, {', '.join(f'{c}:0.3' for c in CORRUPTIONS)}")
     try:
         amount = float(argument)
     except ValueError:

@@ -137,7 +137,7 @@ def list_models(
     """
     families = sorted({entry.family for entry in entries().values()} | {"plugin"})
     if family is not None and family not in families:
-        raise AezooError(f"unknown family {family!r}: take one of {', '.join(families)}")
+        raise AezooError(f"unknown family {family!r}: choose from {', '.join(families)}")
     use = None if tag is None else check_tag(tag)
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     chosen = [

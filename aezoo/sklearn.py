@@ -150,7 +150,7 @@ class _Estimator(base.BaseEstimator):
         seed = check_random_state(self.random_state).randint(2**31) + (0 if from_scratch else self.n_epochs_)
         offset, scale = _statistics(X, settings["scale"]) if from_scratch else (self.offset_of_scale_, self.scale_)
         if settings["verbose"] and chosen and from_scratch:
-            print(f"chosen by the data: {', '.join(f'{key} {value}' for key, value in chosen.items())}")
+            print(f"chosen from the data: {', '.join(f'{key} {value}' for key, value in chosen.items())}")
         with _no_side_effects(device):
             seed_all(seed, device, others=False)
             model = _build(settings, X.shape[1]) if from_scratch else self.autoencoder_
@@ -209,7 +209,7 @@ class _Estimator(base.BaseEstimator):
             if settings[name] is not None and settings[name] < 1:
                 raise AezooError(f"{name} must be at least 1, got {settings[name]}")
         if settings["scale"] not in (None, *_SCALES):
-            raise AezooError(f"scale is {settings['scale']!r}: take one of {', '.join(_SCALES)}")
+            raise AezooError(f"scale is {settings['scale']!r}: choose from {', '.join(_SCALES)}")
         params = settings["model_params"] = settings["model_params"] or {}
         if "input_shape" in params:
             raise AezooError(f"model_params must be a dict, without input_shape (give sample_shape), got {params!r}")
@@ -419,7 +419,7 @@ class AutoencoderDetector(base.OutlierMixin, _Estimator):
         settings = super()._settings()
         if settings["anomaly_score"] not in _ANOMALY_SCORES:
             raise AezooError(
-                f"anomaly_score is {settings['anomaly_score']!r}: take one of {', '.join(_ANOMALY_SCORES)}"
+                f"anomaly_score is {settings['anomaly_score']!r}: choose from {', '.join(_ANOMALY_SCORES)}"
             )
         if not 0 < settings["contamination"] <= 0.5:
             raise AezooError(f"contamination must be in (0, 0.5], got {settings['contamination']}")
@@ -707,7 +707,7 @@ def _samples_of(model: Autoencoder, X: Array, offset: Array, scale: Array) -> Te
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = ((X - offset) / scale).astype(np.float32)
     if not np.isfinite(scale).all() or np.isinf(scaled).any():
-        raise AezooError("X contains values that are too large for float32 once scaled: clean X, or take logarithms")
+        raise AezooError("X contains values that are too large for float32 once scaled: clean X, or use logarithms")
     x = torch.from_numpy(scaled).reshape(len(X), *model.input_shape)
     if model.invalid_mask(x).any():
         raise AezooError(

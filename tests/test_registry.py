@@ -88,7 +88,7 @@ def test_list_models_takes_patterns():
 
 
 def test_list_models_refuses_an_unknown_family():
-    with pytest.raises(AezooError, match=r"unknown family 'variatonal': take one of classic, .*plugin"):
+    with pytest.raises(AezooError, match=r"unknown family 'variatonal': choose from classic, .*plugin"):
         aezoo.list_models(family="variatonal")
     assert aezoo.list_models("nothing", family="plugin") == []
 

@@ -294,7 +294,7 @@ def test_auto_score_depends_on_model_and_shape():
     assert "anomaly_score" not in given.chosen_
     nll = aezoo.detect(given.autoencoder_, np.float32((X - given.offset_of_scale_) / given.scale_)).scores
     assert np.allclose(-given.score_samples(X), nll, rtol=1e-4)
-    with pytest.raises(AezooError, match="anomaly_score is 'best': take one of auto, combined, deviance"):
+    with pytest.raises(AezooError, match="anomaly_score is 'best': choose from auto, combined, deviance"):
         AutoencoderDetector(anomaly_score="best", **FEW).fit(X)
 
 
@@ -617,7 +617,7 @@ def test_index_prior_model_works_as_estimator():
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"scale": "robust"}, "scale is 'robust': take one of"),
+        ({"scale": "robust"}, "scale is 'robust': choose from"),
         ({"max_epochs": 0}, "max_epochs must be at least 1, got 0"),
         ({"max_epochs": "3"}, "max_epochs takes a whole number"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -65,7 +65,7 @@ class DistilledAutoencoder(Autoencoder):
                 model = sizes.for_samples(model, self.input_shape) or model
             teacher_shapes, own_shapes = ((module.input_shape, module.code_shape) for module in (model, self))
             if teacher_shapes != own_shapes:
-                cure = f"set {self.shape_arguments} to match, or take another"
+                cure = f"set {self.shape_arguments} to match, or use another"
                 raise AezooError(f"teacher: {self.teacher} has shapes {teacher_shapes}, not {own_shapes}: {cure}")
             self.frozen = (model.requires_grad_(False).to(next(self.decoder.parameters())),)
         return self.frozen[0]

@@ -103,7 +103,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
         if self.n_codes > _MAX_CODES:
             raise AezooError(
                 f"a prior gives each code a logit, and the tokenizer has codebooks of {self.n_codes:,}, above "
-                f"{_MAX_CODES:,}: take one with smaller codebooks and more indices a place, such as rq_vae"
+                f"{_MAX_CODES:,}: use one with smaller codebooks and more indices a place, such as rq_vae"
             )
         self.register_buffer("unused_QK", torch.arange(self.n_codes) >= torch.tensor(sizes)[:, None], persistent=False)
 

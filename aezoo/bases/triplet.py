@@ -38,7 +38,7 @@ class TripletAutoencoder(Autoencoder, compares_samples=True, reads_labels=True):
         check_at_least(0, triplet_weight=triplet_weight)
         check_above(0, margin=margin)
         if mining not in MINING:
-            raise AezooError(f"unknown mining {mining!r}: take one of {', '.join(MINING)}")
+            raise AezooError(f"unknown mining {mining!r}: choose from {', '.join(MINING)}")
         self.triplet_weight = triplet_weight
         self.margin = margin
         self.mining = mining

@@ -82,8 +82,9 @@ class BetaAnnealing(Checked, pl.Callback):
         for name in {self._attribute, "beta"}:
             if not isinstance(getattr(pl_module, name, None), int | float):
                 raise AezooError(
-                    f"BetaAnnealing in {self.mode} mode needs a model with a number `{name}`, "
-                    f"{display_name(type(pl_module))} has none: use a variational model such as vae, or no annealing"
+                    f"BetaAnnealing in {self.mode} mode needs a model with a number `{name}`, which "
+                    f"{display_name(type(pl_module))} does not have: use a variational model such as vae, or no "
+                    "annealing"
                 )
         if self.mode == "capacity":
             self._final = self.max_capacity

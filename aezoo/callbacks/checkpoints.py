@@ -55,7 +55,9 @@ def _check_logged(metric: str | None, owner: object, trainer: pl.Trainer) -> Non
     logged = [*trainer.callback_metrics]
     near = difflib.get_close_matches(metric or "", logged, n=1, cutoff=0.8)
     if near and metric not in logged:
-        rank_zero_warn(f"{type(owner).__name__}.monitor is {metric}, which is not logged so far: is {near[0]} meant?")
+        rank_zero_warn(
+            f"{type(owner).__name__}.monitor is {metric}, which is not logged so far: did you mean {near[0]}?"
+        )
 
 
 class Checkpoints(Checked, ModelCheckpoint):
@@ -275,8 +277,9 @@ class Checkpoints(Checked, ModelCheckpoint):
             name = "the optimiser's moments"
         if name is not None:
             raise AezooError(
-                f"{name} is not finite at epoch {trainer.current_epoch}, step {trainer.global_step}: nothing is saved "
-                f"over {self.last_model_path or 'what was there'}; lower --model.lr, check the data, and continue there"
+                f"{name} is not finite at epoch {trainer.current_epoch}, step {trainer.global_step}: "
+                f"{self.last_model_path or 'the last checkpoint'} is not replaced; lower --model.lr, check the data, "
+                "and continue from it"
             )
 
     def _due_within_epoch(self, trainer: pl.Trainer, batch_idx: int) -> bool:

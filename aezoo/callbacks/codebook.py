@@ -159,7 +159,7 @@ class Codebook(Picture):
         except AezooError as error:
             if not self._noted:
                 self._noted = True
-                rank_zero_info(f"Codebook does not count codes: {error}")
+                rank_zero_info(f"Codebook counts no codes: {error}")
 
     @contextmanager
     def _error_as_warning(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from aezoo.io import atomic_files, partial
 from aezoo.training.arguments import Checked
 from aezoo.training.seeding import forked_rng, mix, seed_all
 
-_CURE = "make room, or choose a folder that can be written with --predictions.folder"
+_CURE = "free disk space, or choose a writable folder with --predictions.folder"
 # seed of random numbers that a model draws in a prediction
 _SEED = 21
 _PARTS = ".predictions"

@@ -69,7 +69,7 @@ class ValidationSchedule(pl.Callback):
             self._requested = sorted({period for period in periods if period})
             batches = trainer.num_training_batches
             rank_zero_info(
-                f"validation: every {self.period} epochs, as these are short ({batches} batch{'es' * (batches > 1)}), "
+                f"validation: every {self.period} epochs, as epochs are short ({batches} batch{'es' * (batches > 1)}), "
                 "set --trainer.check_val_every_n_epoch 1 to validate after each"
             )
         # not called at the start of an epoch if a run continues within it

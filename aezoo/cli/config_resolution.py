@@ -322,7 +322,7 @@ def _model_name(config: dict[str, Any]) -> str | None:
 
 def _config_file(value: str) -> tuple[Path, dict[str, Any]]:
     if "://" in value:
-        raise AezooError(f"configurations are read from disk only, not from {value}: download it first")
+        raise AezooError(f"configurations can only be read from disk, not from {value}: download it first")
     if (Path(value) / "config.yaml").is_file():
         raise AezooError(f"{value} is a run folder: give -c {Path(value) / 'config.yaml'} for its settings, or "
                          f"--ckpt_path {value} to continue it")  # fmt: skip
@@ -362,7 +362,9 @@ def expand_model_names(text: str) -> str:
         if not isinstance(section, dict):
             continue
         if not isinstance(section.get("config"), list | None):
-            raise AezooError("settings name a further file under config: give each with --config on the command line")
+            raise AezooError(
+                "the settings name another file under config: give each file with --config on the command line"
+            )
         # on and off without quotes are true and false in YAML
         for part, key in ((section, "compile"), (section, "speed"), (section.get("data"), "memory")):
             if isinstance(part, dict) and isinstance(part.get(key), bool):
@@ -433,12 +435,12 @@ def check_against(stored: dict[str, Any], source: Path, model: Autoencoder, resu
     shape = tuple(shape) if isinstance(shape, list | tuple) else model.input_shape
     if shape != model.input_shape:
         raise AezooError(
-            f"{source} was trained on samples of shape {'x'.join(map(str, shape))}, these data give "
+            f"{source} was trained on samples of shape {'x'.join(map(str, shape))}, but these data give "
             f"{'x'.join(map(str, model.input_shape))}: choose the same --data, or --data.size and --data.channels"
         )
     if resume and stored.get("optimizer", model.optimizer) != model.optimizer:
         raise AezooError(
-            f"{source} contains the state of {stored['optimizer']}, which {model.optimizer} cannot continue with: keep "
+            f"{source} contains the state of {stored['optimizer']}, from which {model.optimizer} cannot continue: keep "
             f"--model.optimizer {stored['optimizer']}, or fine-tune from Python with aezoo.load_model"
         )
     print_differences("model", stored, now)
@@ -450,7 +452,7 @@ def warn_other_splits(trained: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [key for key in ("seed", "val_fraction", "test_fraction") if trained.get(key, now[key]) != now[key]]
     if same_set and changed:
         flags = " and ".join(f"--data.{key}" for key in changed)
-        print(f"aezoo: {flags}: the set is split differently than for training, the model may have seen these samples",
+        print(f"aezoo: {flags}: the split is not the one used for training, so the model may have seen these samples",
               file=sys.stderr)  # fmt: skip
 
 

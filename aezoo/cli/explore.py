@@ -101,8 +101,8 @@ def _parser() -> Parser:
         "models", nargs="*", type=str, help="runs, checkpoints, saved models, or tags of `aezoo list --pretrained`"
     )
     parser.add_argument("--out", "--output", type=str, default="explore", help="Folder for the page.")
-    parser.add_argument("--port", type=int, default=0, help="Port of the server; 0 takes a free one.")
-    parser.add_argument("--serve", type=bool, default=True, help="Serve the page until Ctrl-C; false only writes it.")
+    parser.add_argument("--port", type=int, default=0, help="Port of the server; 0: any free one.")
+    parser.add_argument("--serve", type=bool, default=True, help="Serve the page until Ctrl-C; false: only write it.")
     parser.add_argument(
         "--runtime", type=str | None, default=None,
         help="npm's package onnxruntime-web (.tgz), or a folder with its files; by default npm downloads it once.",
@@ -155,7 +155,7 @@ def server(folder: Path, port: int = 0) -> Iterator[ThreadingHTTPServer]:
     try:
         serving = ThreadingHTTPServer((_HOST, port), partial(_Handler, directory=str(folder)))
     except OSError as error:
-        raise AezooError(f"cannot serve at port {port}: {error.strerror}; leave out --port for a free one") from None
+        raise AezooError(f"cannot serve on port {port}: {error.strerror}; leave out --port for a free one") from None
     serving.daemon_threads = True
     with serving:
         yield serving

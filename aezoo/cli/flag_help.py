@@ -17,14 +17,14 @@ _WORDS = {
     "data.batch_size": "Samples in a batch of each process, by default 16 to 128, by the number of training samples.",
     "trainer.max_epochs": "Stop after this many epochs; -1: no limit except max_steps and max_time. By default 20, and "
     "more for few samples.",
-    "trainer.check_val_every_n_epoch": "Epochs from one validation to the next. By default 0: each epoch, and fewer "
-    "if epochs are short, see docs/training.md; null: --trainer.val_check_interval counts the batches of all epochs.",
+    "trainer.check_val_every_n_epoch": "Epochs from one validation to the next. By default 0: each epoch, or less "
+    "often if epochs are short, see docs/training.md; null: --trainer.val_check_interval counts batches of all epochs.",
     "trainer.max_steps": "Stop after this many optimiser steps, even within an epoch; -1: no such limit.",
     "trainer.default_root_dir": "The folder of all runs, by default runs; a run is <folder>/<name>/<number>.",
-    "trainer.callbacks": "More callbacks, by default none; --trainer.callbacks+=NAME adds one. Those of the zoo have "
-    "flags of their own, below.",
-    "trainer.logger": "A logger of Lightning's or your own, by its class, beside those of --logger; false logs nothing "
-    "but what --logger names.",
+    "trainer.callbacks": "More callbacks, by default none; --trainer.callbacks+=NAME adds one. Those of aezoo have "
+    "their own flags, below.",
+    "trainer.logger": "A logger of Lightning's or your own, by its class, in addition to those of --logger; false: "
+    "only those of --logger.",
 }
 
 

@@ -118,10 +118,10 @@ class SaveConfig(SaveConfigCallback):
     Its second line is the command that started the run.
 
     Args:
-        args: as of Lightning's.
+        args: as in Lightning's class.
         command: the command line.
         budget: chooses batch size and epochs once every rank has the data.
-        kwargs: as of Lightning's.
+        kwargs: as in Lightning's class.
     """
 
     def __init__(self, *args: Any, command: str, budget: Budget | None = None, **kwargs: Any) -> None:
@@ -250,8 +250,8 @@ class AezooCLI(LightningCLI):
             "--logger",
             type=list[str] | bool | str | None,
             default=None,
-            help=f"Where metrics and pictures go beside the run folder: {', '.join(loggers.KINDS)} with commas between "
-            "them, or none. By default tensorboard.",
+            help=f"Where metrics and pictures go in addition to the run folder: {', '.join(loggers.KINDS)} with commas "
+            "between them, or none. By default tensorboard.",
         )
         parser.add_argument(
             "--compile",
@@ -298,7 +298,7 @@ class AezooCLI(LightningCLI):
             value = self.config[command].get(section)
             # an empty section is None
             if not isinstance(value, Namespace) and (value is not None or inspect.signature(cls).parameters):
-                raise AezooError(f"{section} is {value!r}: write its settings below it, one to a line, or leave it out")
+                raise AezooError(f"{section} is {value!r}: write its settings below it, one per line, or leave it out")
         trainer_settings.check(self.config[command]["trainer"])
         loggers.check(self.config[command]["logger"])
         if not 1 <= self.config[command]["rank_timeout"] <= 1e6:
@@ -566,7 +566,7 @@ class AezooCLI(LightningCLI):
             train: Any = self.datamodule.dataset("train")
             steps = budgets.steps_per_epoch(math.ceil(len(train) / self.trainer.world_size), self.datamodule.batch_size)
             parts[-1] += f" ({self.chosen['trainer.max_epochs'] * steps:,} steps)"
-        return f"chosen by the data, unless you give them: {', '.join(parts)}"
+        return f"chosen from the data, unless given: {', '.join(parts)}"
 
     def after_fit(self) -> None:
         """Test the best weights, so that a run ends with figures on data it has not seen."""

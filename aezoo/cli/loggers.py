@@ -245,4 +245,4 @@ def _is_installed(package: str) -> bool:
 def _missing(kind: str) -> AezooError:
     name = {"tensorboard": "TensorBoard", "wandb": "W&B", "mlflow": "MLflow"}[kind]
     others = ",".join(other for other in ("tensorboard", "csv") if other != kind)
-    return AezooError(f"{name} is not installed: {KINDS[kind].advice}, or take --logger {others} or none")
+    return AezooError(f"{name} is not installed: {KINDS[kind].advice}, or use --logger {others} or none")

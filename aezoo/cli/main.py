@@ -32,9 +32,9 @@ usage: aezoo COMMAND ...
 Information
   list [WORD] [--family F] [--tag T]
                                    models: name, family, tags, paper; a word is part of a name, a family or a tag
-  list --pretrained                weights to use at once, such as vae.mnist: data, figure, size, licence
-  info NAME [--shape C H W]        a model's paper, objective, hyperparameters, figures and what beats it; with a
-                                   shape its size
+  list --pretrained                pretrained weights, such as vae.mnist: data, figure, size, licence
+  info NAME [--shape C H W]        a model's paper, objective, hyperparameters, figures and better models; with
+                                   a shape its size
   recipes                          ready-made configurations
   cp RECIPE DEST                   copy a recipe to change it
 
@@ -44,10 +44,10 @@ Train and use
   fit ... --resume auto            the same, or continue the last run of that command if it was stopped
   fit --resume RUN                 continue a run that was stopped
   validate | test | predict --ckpt_path RUN_OR_FILE
-  report RUN [RUN ...]             one HTML file about a run, or a comparison: curves and what they say, pictures,
-                                   results of commands, settings that differ, time, environment
+  report RUN [RUN ...]             one HTML file about a run, or a comparison: curves and their diagnosis,
+                                   pictures, results of commands, settings that differ, time, environment
   tune -c RECIPE --search.model.lr log:1e-4:1e-2 --trials 20
-                                   search for the best settings of fit in many runs
+                                   search for the best settings of fit over many runs
 
 Use a trained model: each takes --ckpt_path RUN_OR_FILE_OR_TAG, --input FILE or --data..., and --help
   reconstruct                      reconstructions, the error of each sample, the best and the worst
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"aezoo: {terminal.printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # the reader of the pipe has ended: for `aezoo list | head` this is no error, but a run ends by it
+        # the reader of the pipe has ended: for `aezoo list | head` this is not an error, but a run ends with it
         if argv and argv[0] in (*LIGHTNING_COMMANDS, *TASK_COMMANDS, "benchmark", "tune"):
             sys.exit(128 + 13)  # SIGPIPE, as in shells
     except OSError as error:
@@ -137,7 +137,7 @@ def _shorten_warnings() -> None:
 
 
 def _refuse_output(reason: str) -> NoReturn:
-    print(f"aezoo: cannot write the output: {reason}; make room, or write it elsewhere", file=sys.stderr)
+    print(f"aezoo: cannot write the output: {reason}; free disk space, or write it elsewhere", file=sys.stderr)
     sys.exit(2)
 
 
@@ -288,7 +288,7 @@ def _info(argv: list[str]) -> None:
         _info_tag(tag)
         return
     if (hint := registry.suggest_tags(arguments.name)) and registry.resolve(arguments.name) is None:
-        raise AezooError(f"no model and no pretrained weights are named {arguments.name!r}: {hint}")
+        raise AezooError(f"no model or pretrained weights are named {arguments.name!r}: {hint}")
     entry = registry.find(arguments.name)
     card = registry.card(arguments.name)
     uses = "".join(f"for {use}: {TAGS.get(use, '')}\n" for use in registry.uses_of(entry.name))

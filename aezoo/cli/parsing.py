@@ -36,7 +36,7 @@ def check_flags(argv: list[str], model: str | None, parser: LightningArgumentPar
         if flag.startswith("--model.") and "=" not in token and after.startswith("--"):
             raise AezooError(f"{flag} needs a value")  # jsonargparse would say that --model needs one
         if flag.replace(".init_args", "") in [f"--model.{name}" for name in FROM_DATA]:
-            raise AezooError(f"{flag} follows from the data: leave it out, or change the data with --data...")
+            raise AezooError(f"{flag} is determined by the data: leave it out, or change the data with --data...")
         candidates = known
         if flag.startswith("--model."):
             if model is None or registry.resolve(model) is None:
@@ -87,7 +87,7 @@ def plain_message(message: str, parser: LightningArgumentParser) -> str:
         }
         known = {"-c", *_flags(parser)} if "--config" in _flags(parser) else _flags(parser)
         cures = [f"{kind} is {flag} {bare[1]}" for flag, kind in suggestion.items() if flag in known]
-        return f"{bare[1]!r} belongs to no flag: {', '.join(cures)}"
+        return f"{bare[1]!r} does not belong to a flag: {', '.join(cures)}"
     unread = re.search(r'Parser key "(\w+)": Unable to load config "(.*)"', message)
     if unread:
         return f"--{unread[1]} {unread[2]}: no such file, or not a file with settings in YAML"

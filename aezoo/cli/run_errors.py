@@ -43,13 +43,13 @@ def one_line(error: BaseException, source: Path | None, batch_size: int) -> Aezo
         )
     if "Error(s) in loading state_dict" in text:
         return AezooError(
-            "the checkpoint's weights do not fit the model as it is set now: drop the --model flags and -c files "
+            "the checkpoint's weights do not fit the model with these settings: drop the --model flags and -c files "
             "that differ from the checkpoint's"
         )
     is_foreign = isinstance(error, Exception) and not isinstance(error, AezooError)
     if is_foreign and source is not None and _restores(error):
         return AezooError(
-            f"{source} cannot be restored ({type(error).__name__}: {text[:200]}): it is damaged; take another "
+            f"{source} cannot be restored ({type(error).__name__}: {text[:200]}): it is damaged; use another "
             "checkpoint of its run, or train from scratch with --resume off"
         )
     return None
@@ -90,12 +90,13 @@ def system_errors_in_one_line(command: str) -> Iterator[None]:
         flag = "--predictions.folder" if command == "predict" else "--trainer.default_root_dir"
         if cause.filename is None and (reason := terminal.unwritable_output(after=cause)) is not None:
             raise AezooError(
-                f"cannot write the output: {reason}; make room, or write it elsewhere; files saved before are kept"
+                f"cannot write the output: {reason}; free disk space, or write it elsewhere; files saved before are "
+                "kept"
             ) from error
         where = os.fsdecode(cause.filename or "the run folder")
         raise AezooError(
-            f"cannot read or write {where}: {cause.strerror}; files saved before are kept: make room, or choose a "
-            f"folder that can be written with {flag}"
+            f"cannot read or write {where}: {cause.strerror}; files saved before are kept: free disk space, or choose "
+            f"a writable folder with {flag}"
         ) from error
     finally:
         threading.excepthook = report_thread
@@ -107,12 +108,12 @@ def _lightning_error_line(error: BaseException) -> str | None:
     if (line := worker_failure(error)) is not None:
         return f"{line}; continue with --resume auto"
     if isinstance(error, ModuleNotFoundError):
-        return f"a package is missing, install it or leave out what asks for it: {text}"
+        return f"a package is missing, install it or leave out what needs it: {text}"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     # a ValueError with a cause comes from Lightning's logger, see `system_errors_in_one_line`
     own = type(error) is ValueError and error.__cause__ is None
     own = own and frame.f_globals.get("__name__", "").startswith("lightning.")
-    return f"Lightning refuses the run: {text}" if own or isinstance(error, MisconfigurationException) else None
+    return f"Lightning refused the run: {text}" if own or isinstance(error, MisconfigurationException) else None
 
 
 def _restores(error: BaseException) -> bool:

@@ -72,7 +72,7 @@ _ANY_SIZE = {"reconstruct", "denoise", "compress"}
 # commands whose results must be exactly reproducible, because other processes read them
 _EXACT = ("compress", "decompress", "export")
 # commands that take one process, and why
-_ONE_PROCESS = {"export": "it computes nothing for many samples"}
+_ONE_PROCESS = {"export": "it does not process many samples"}
 _MAX_PROCESSES = 64
 # flags that commands also take by position
 _POSITIONAL = {"export": ("--ckpt_path", "--out"), "impute": ("--ckpt_path", "--input")}
@@ -155,10 +155,10 @@ def main(argv: list[str]) -> None:
     arrays = [file for file in result.files if file.suffix == ".npy"] if command in _OF_SAMPLES else []
     if model.data_units is not None and model.data_units.scaling and arrays:
         names = ", ".join(file.name for file in arrays)
-        print(f"values in {names} are in the units of the training data, errors and scores in the scale that the model "
-              "sees (--data.scale)")  # fmt: skip
+        print(f"values in {names} are in the units of the training data, errors and scores are in the scale that the "
+              "model sees (--data.scale)")  # fmt: skip
     if model.data_units is None and command in _OF_SAMPLES:
-        print(f"aezoo: {config.ckpt_path} does not say how its training data were scaled: samples are in the scale "
+        print(f"aezoo: {config.ckpt_path} does not record how its training data were scaled: samples are in the scale "
               "that the model sees", file=sys.stderr)  # fmt: skip
     if "force" not in accepted and (replaced := before.intersection(result.files)):
         print(f"aezoo: {len(replaced)} earlier files in {out} are replaced; --out DIR keeps both", file=sys.stderr)
@@ -179,7 +179,7 @@ def _keep_calibration(model: Autoencoder, found: DataStatistics | None, home: Pa
     except AezooError as error:
         print(f"aezoo: {error}", file=sys.stderr)
     else:
-        print(f"{file} keeps the calibration, for calls without the training data")
+        print(f"{file} stores the calibration, for calls without the training data")
 
 
 def _processes(command: str, devices: int) -> tuple[int, int]:
@@ -200,9 +200,11 @@ def _device(name: str, rank: int, world: int) -> torch.device:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores() // world)))
         return device
     if device.type != "cuda" or device.index is not None:
-        raise AezooError(f"--devices {world} takes the CPU or the first {world} GPUs: give --device cpu or cuda")
+        raise AezooError(f"--devices {world} uses the CPU or the first {world} GPUs: give --device cpu or cuda")
     if world > torch.cuda.device_count():
-        raise AezooError(f"--devices is {world}, and there are {torch.cuda.device_count()} GPUs: give at most as many")
+        raise AezooError(
+            f"--devices is {world}, but there are {torch.cuda.device_count()} GPUs: give at most that many"
+        )
     return resolve_device(f"cuda:{rank}")
 
 
@@ -225,7 +227,7 @@ def _passes(
         yield
     except (KeyboardInterrupt, SystemExit):
         if not rank and running.has_begun:
-            print(f"aezoo: the same command continues from what is in {folder}", file=sys.stderr)
+            print(f"aezoo: the same command continues from the results in {folder}", file=sys.stderr)
         raise
     except BaseException:
         running.discard()
@@ -356,7 +358,7 @@ def samples_of_flags(
             raise AezooError(f"{config.ckpt_path} was trained on {name}: give --data {name}, or --{flag} FILE")
         if required:
             raise AezooError(
-                f"{config.ckpt_path} does not say what it was trained on: give --data.name SET or --{flag} FILE"
+                f"{config.ckpt_path} does not record what it was trained on: give --data.name SET or --{flag} FILE"
             )
         return found
     if not missing:
@@ -377,21 +379,21 @@ def samples_of_flags(
         if required:
             raise
         # e.g. on another machine than the one it was trained on
-        left = "nothing is read" if config.input is None else f"{config.input} alone is used"
-        print(f"aezoo: {left}, the training data are not available: {error}", file=sys.stderr)
+        left = "no data are read" if config.input is None else f"only {config.input} is used"
+        print(f"aezoo: {left}, as the training data are not available: {error}", file=sys.stderr)
         return found
     for key, flag in required.items():
         if wanted[key] not in splits:
             # not larger fractions, which would take samples that the model was trained on
             other = f"--{'split' if key == 'x' else key} {' or '.join(splits)}"
-            raise AezooError(f"{module.name} has no {wanted[key]} split: take {other}, or give --{flag} FILE")
+            raise AezooError(f"{module.name} has no {wanted[key]} split: use {other}, or give --{flag} FILE")
     for key in missing:
         if wanted[key] in splits:
             found[key] = SampleSet.from_data(module, wanted[key])
     root = str(module.hparams["root" if module.name in _PATHS else "name"])
     if needed and config.split in module.source.derived_splits and Path(root).exists() and _chooses_data(argv):
         print(f"aezoo: {root} has no splits of its own: {len(found['x']):,} of its samples are used, the share "
-              f"--data.{config.split}_fraction; --input {root} takes all", file=sys.stderr)  # fmt: skip
+              f"--data.{config.split}_fraction; --input {root} uses all", file=sys.stderr)  # fmt: skip
     return found
 
 
@@ -445,7 +447,7 @@ def _scaled(path: str, units: DataUnits | None, given: dict[str, Any], what: str
         # from the source, since the module refuses data that cannot be trained on
         dataset, *others = (split for stage in STAGES if (split := module.source.split(stage)) is not None)
         if others:
-            print(f"aezoo: {what} has a training split, and only this is used: give the folder of another split, or "
+            print(f"aezoo: {what} has a training split, and only that is used: give the folder of another split, or "
                   f"--data {path} --split test", file=sys.stderr)  # fmt: skip
         scaling = _scaling(known, module.source.white, what)
         return SampleSet(dataset, *scaling, module.source.class_names, path, given.get("num_workers"))
@@ -519,8 +521,8 @@ def _check_unscaled(
     low, high = limits
     # not for tables, in which an outlying value may be the anomaly to find
     if units is not None and scaling == (255, {}) and len(shape) > 2 and max(-low, high) > _MOST:
-        raise AezooError(f"{path}: values from {low:.4g} to {high:.4g}, the training data had 0 to 1: divide them by "
-                         "what white is, or give bytes (uint8)")  # fmt: skip
+        raise AezooError(f"{path}: values from {low:.4g} to {high:.4g}, but the training data had 0 to 1: divide them "
+                         "by the value of white, or give bytes (uint8)")  # fmt: skip
 
 
 def _scaling(units: DataUnits, white: int | None, picture: str = "") -> tuple[int, dict[str, Tensor]]:
@@ -539,8 +541,8 @@ def _scaling(units: DataUnits, white: int | None, picture: str = "") -> tuple[in
     if not scaling and units.levels != 1:
         return 255, {}
     if picture and was is None:
-        raise AezooError(f"{picture} cannot be scaled as the training data were (--data.scale), since it is not known "
-                         "what white is in them: give an array of such values, as .npy")  # fmt: skip
+        raise AezooError(f"{picture} cannot be scaled as the training data were (--data.scale), since their value of "
+                         "white is not known: give an array of such values, as .npy")  # fmt: skip
     ratio = white / was if white and was else 1
     if ratio != 1:
         scaling = {key: ratio * value for key, value in (scaling or _UNSCALED).items()}

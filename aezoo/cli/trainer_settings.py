@@ -111,9 +111,9 @@ def check(trainer: Mapping[str, Any]) -> None:
         _check_time(key, trainer.get(key))
     accelerator = trainer.get("accelerator")
     if accelerator in ("gpu", "cuda") and not _has_gpu(accelerator):
-        other = "" if torch.backends.cuda.is_built() else ", or install a torch for GPUs (https://pytorch.org)"
+        other = "" if torch.backends.cuda.is_built() else ", or install torch with GPU support (https://pytorch.org)"
         raise AezooError(
-            f"trainer.accelerator is {accelerator}, and torch {torch.__version__} finds no GPU here: give "
+            f"trainer.accelerator is {accelerator}, and torch {torch.__version__} finds no GPU on this machine: give "
             f"--trainer.accelerator cpu or auto{other}"
         )
 
@@ -134,7 +134,7 @@ def check_processes(trainer: "Trainer") -> None:
     if trainer.strategy.launcher is not None and on_cpu and trainer.num_devices > most:
         raise AezooError(
             f"trainer.devices is {trainer.num_devices}, each a process on the CPU, which has {available_cores()} "
-            f"core(s) here: give at most {most}"
+            f"core(s): give at most {most}"
         )
 
 

@@ -28,10 +28,10 @@ Search the settings of fit with optuna: each trial is a run of `aezoo fit` in a 
   int:LOW:HIGH        a whole number; int:LOW:HIGH:STEP in steps, int:LOW:HIGH:log on a logarithmic scale
   A,B,C               one of these values
 
-All other flags are those of fit and apply to every trial (`aezoo fit --help_all`). The folder of the study gets the
-runs, trials.csv, best.yaml, for `aezoo fit -c`, and study.html. The same command continues a study that was stopped.
+All other flags are those of fit and apply to every trial (`aezoo fit --help_all`). The folder of the study contains
+the runs, trials.csv, best.yaml for `aezoo fit -c`, and study.html. The same command continues a study that was stopped.
 
-Many machines: the same command, started on any of them with the same --storage, is one more worker of the same study.
+Many machines: the same command, run on any of them with the same --storage, is one more worker of the same study.
 
   aezoo tune -c vae --search.model.lr log:1e-4:1e-2 --trials 100 --storage postgresql://me@db.example.org/sweeps
 """
@@ -63,7 +63,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="start no trial after this time")
     parser.add_argument(
         "--prune", choices=["on", "off"], default="on",
-        help="end trials that are behind the median of the others at the same epoch (default on)",
+        help="end trials that are worse than the median of the others at the same epoch (default on)",
     )  # fmt: skip
     parser.add_argument("--study", metavar="FOLDER", help="folder for all files (default runs/RECIPE-tune)")
     parser.add_argument(
@@ -74,7 +74,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
     parser.add_argument("--study_name", metavar="NAME", help="name in the storage (default the name of the folder)")
     parser.add_argument(
         "--lost_after", type=float, default=120.0, metavar="SECONDS",
-        help="run the trial of a worker again that has sent no heartbeat for this time (default 120)",
+        help="run a trial again if its worker has sent no heartbeat for this time (default 120)",
     )  # fmt: skip
     searches, rest = _searches(argv)
     own = re.findall(r"(?m)^  (--\w+)", parser.format_help())
@@ -86,7 +86,7 @@ def read(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Search], list[st
             raise AezooError(f"unknown flag {flag}, did you mean {near[0]}? See `aezoo tune --help`.")
         if flag in ("--ckpt_path", "--resume"):
             raise AezooError(
-                f"{flag} does not apply to tune, which starts every run anew; the same command continues a study"
+                f"{flag} does not apply to tune, which starts each run from scratch; the same command continues a study"
             )
     if not searches:
         raise AezooError("nothing is searched: give --search.SETTING, such as --search.model.lr log:1e-4:1e-2")
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
         options, searches, flags = read(argv)
         if "LOCAL_RANK" in os.environ:
             raise AezooError(
-                "aezoo tune starts its runs itself: call it without torchrun; --trainer.devices is for each"
+                "aezoo tune starts its runs itself: call it without torchrun; --trainer.devices applies to each run"
             )
         for package in ("optuna", "plotly", *(["cmaes"] if options.sampler == "cmaes" else [])):
             try:

@@ -14,7 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from aezoo.io import atomic_files
 from aezoo.tasks.result_store import spreadsheet_cell
 
-CURE = "make room, or choose a folder that can be written with --study"
+CURE = "free disk space, or choose a writable folder with --study"
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222;
   background: #fff }

@@ -94,7 +94,7 @@ def search(name: str, text: str) -> Search:
         if step < 1:
             raise AezooError(f"{flag} {text}: the step must be at least 1")
     if low >= high:
-        raise AezooError(f"{flag} {text}: {parts[0]} is not below {parts[1]}: the lower end comes first")
+        raise AezooError(f"{flag} {text}: {parts[0]} is not below {parts[1]}: give the lower end first")
     if (kind == "log" or step == 0) and low <= 0:
         raise AezooError(f"{flag} {text}: a logarithm needs a lower end above 0")
     return Search(name, text, kind, float(low), float(high), step)

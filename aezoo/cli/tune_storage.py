@@ -52,7 +52,7 @@ def check(storage: str) -> None:
     if not escaped or re.search(r"\s", storage):
         # the address itself may show a part of the password
         raise AezooError(
-            "--storage: this address cannot be read; write special characters of its password in percent code, "
+            "--storage: this address cannot be read; percent-encode special characters of its password, "
             "@ as %40, / as %2F and # as %23"
         )
     if not host or not database:
@@ -115,7 +115,7 @@ def cure(why: str) -> str:
         return "check user and password, which PGPASSWORD or ~/.pgpass may contain"
     if re.search(r'database ".*" does not exist', why):
         return "create the database first"
-    return "check that the server runs and can be reached from here"
+    return "check that the server runs and can be reached from this machine"
 
 
 def _open_journal(path: Path) -> Any:

@@ -107,21 +107,21 @@ def run(options: argparse.Namespace, searches: Sequence[Search], flags: list[str
             study = Study(folder, home.parent, options, searches, flags, argv, environment, shared)
             study.run_trials()
         except Stopped:
-            _say_goodbye(study, options, argv)
+            _print_interrupted(study, options, argv)
             sys.exit(128 + received[0])
         except BrokenPipeError:
             raise
         except (OSError, optuna.exceptions.StorageInternalError) as error:
-            why, cure = tune_storage.reason(error), "make room if there is none"
+            why, cure = tune_storage.reason(error), "free disk space if it is full"
             if options.storage and tune_storage.is_database(options.storage) and not isinstance(error, OSError):
                 cure = tune_storage.cure(why)
             raise AezooError(
-                f"the study in {folder} stopped: {why}; what was recorded is kept: fix that, {cure}, and give the "
+                f"the study in {folder} stopped: {why}; what was recorded is kept: fix that, {cure}, and run the "
                 "same command again"
             ) from error
 
 
-def _say_goodbye(study: "Study | None", options: argparse.Namespace, argv: Sequence[str]) -> None:
+def _print_interrupted(study: "Study | None", options: argparse.Namespace, argv: Sequence[str]) -> None:
     left = ""
     # the record or the terminal may not exist any more, and another signal ends this at once
     with contextlib.suppress(Exception, Stopped):
@@ -317,7 +317,7 @@ class Study:
                 waits = False
                 continue
             if not waits:
-                print(f"waiting for {len(attempts) - done} trials of other workers, to run again what is lost")
+                print(f"waiting for {len(attempts) - done} trials of other workers, to run lost ones again")
                 waits = True
             time.sleep(min(_WAIT, options.lost_after / (2 * _BEATS)))
         self.write_files()
@@ -390,7 +390,9 @@ class Study:
                 else:
                     self._trial(trial, heartbeat)
             except UpdateFinishedTrialError:
-                print(f"trial {trial.number} was taken up by another worker, which received no heartbeat for too long")
+                print(
+                    f"trial {trial.number} was taken over by another worker, which received no heartbeat for too long"
+                )
             except BaseException:
                 with contextlib.suppress(Exception):  # other workers will notice
                     trial.set_user_attr("handed_back", True)

@@ -119,7 +119,7 @@ class Activations(Source):
 
     def __init__(self, options: Options) -> None:
         if options.of == options.name:
-            raise AezooError("--data.of activations has no samples of its own: give a set such as mnist5k")
+            raise AezooError("--data.of activations has no samples of its own: give a data set such as mnist5k")
         self.options = options
         reader = source_of_path(options.of)
         self.of = open_source(options.for_source(reader or options.of, options.of if reader else options.root))
@@ -153,8 +153,9 @@ class Activations(Source):
             parts.append(flatten_positions(output, self.options.positions, first))
         if len({part.shape for part in parts}) > 1:
             given = ", ".join(f"{name} {p.shape[1]} x {p.shape[2]}" for name, p in zip(self.layers, parts, strict=True))
-            raise AezooError(f"several layers need as many positions and features each, not {given} (--data.layer): "
-                             "take others, or --data.positions mean where only positions differ")  # fmt: skip
+            raise AezooError(f"several layers must have the same number of positions and of features, got {given} "
+                             "(--data.layer): choose other layers, or give --data.positions mean if only positions "
+                             "differ")  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.stack(parts, 2)
 
     def _build(self) -> dict[Stage, Dataset[Any]]:
@@ -173,7 +174,7 @@ class Activations(Source):
             factor = (squares / (n * self.input_shape[-1])).sqrt().float()
             if not bool((factor > 0).all() and factor.isfinite().all()):
                 raise AezooError(f"{self.options.layer} of {self.options.network} gives only zeros, NaN or infinity "
-                                 "(--data.layer): take another layer, or --data.normalise false")  # fmt: skip
+                                 "(--data.layer): choose another layer, or --data.normalise false")  # fmt: skip
             factor = factor[:, None] if factor.ndim else factor
             self.scaling = Normalisation(factor)
             for dataset, _ in found.values():
@@ -196,7 +197,7 @@ class Activations(Source):
         if "val" in sets:
             with torch.no_grad():
                 right = torch.cat([module(x).argmax(1) == y for x, y in self._batches(sets["val"])])
-            rank_zero_info(f"classifier of {self.options.of}: {float(right.float().mean()):.3f} right in validation")
+            rank_zero_info(f"classifier of {self.options.of}: validation accuracy {float(right.float().mean()):.3f}")
 
     def _batches(self, dataset: Dataset[Any]) -> Iterator[Any]:
         """Scaled samples as for a model, with their labels if they have any."""
@@ -255,7 +256,7 @@ class ActivationDataset(Dataset[Batch]):
         weakref.finalize(self, _remove_folder, folder, os.getpid())
         if shutil.disk_usage(folder).free < size:
             raise AezooError(f"{name}: {n} samples take {size / 2**20:,.0f} MiB, more than is free in "
-                             f"{Path(folder).parent}: set TMPDIR to a larger disk, or take fewer samples")  # fmt: skip
+                             f"{Path(folder).parent}: set TMPDIR to a larger disk, or use fewer samples")  # fmt: skip
         self._path = str(Path(folder, "rows.float32"))
         np.memmap(self._path, np.float32, "w+", shape=self.shape)
 

@@ -58,7 +58,7 @@ class LayoutArgs(TypedDict, total=False):
         Literal["auto", "vector", "sequence", "image", "image_last", "volume", "volume_last", "mvtec", "visa"],
         Argument(
             "auto", "What the axes of an array mean; auto reads (N, D) as vectors, (N, A, B) as grey images if uint8 "
-            "or square and else as sequences, four axes as images and five as volumes. Of a folder: mvtec or visa, "
+            "or square and else as sequences, four axes as images and five as volumes. For a folder: mvtec or visa, "
             "with good samples, defects and their masks."
         ),
     ]  # fmt: skip
@@ -180,7 +180,7 @@ def sample_shape(values: Any, layout: str, what: str) -> tuple[int, ...]:
 def check_length(x: Tensor, y: Tensor | None, what: str) -> None:
     """Refuse labels if there are more or fewer of them than samples."""
     if y is not None and len(y) != len(x):
-        raise AezooError(f"{what} has {len(x)} samples but {len(y)} labels: one label a sample")
+        raise AezooError(f"{what} has {len(x)} samples but {len(y)} labels: give one label per sample")
 
 
 def to_channels_first(x: Tensor, layout: str) -> Tensor:
@@ -233,11 +233,11 @@ def encode_labels(raw: Mapping[Stage, Any], title: str) -> tuple[dict[Stage, Ten
             # the dtype of strings in pandas
             values = array = parse_labels(["" if _is_missing(label) else str(label) for label in array])
         if array.dtype.kind not in "biufUS" or (array.dtype.kind in "US" and array.ndim != 1) or array.ndim == 0:
-            raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or texts")
+            raise AezooError(f"{title}labels of dtype {array.dtype} and shape {array.shape}: give integers or strings")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise AezooError(f"{title}the labels contain NaN or infinity: fill or remove those rows")
         if array.dtype.kind == "f" and (abs(array) >= 2**63).any():
-            raise AezooError(f"{title}a label is {array[abs(array) >= 2**63][0]:.3g}: give integers or texts")
+            raise AezooError(f"{title}a label is {array[abs(array) >= 2**63][0]:.3g}: give integers or strings")
         arrays[stage] = array
         given[stage] = np.broadcast_to(~np.ma.getmask(values), np.shape(values)).reshape(array.shape)
     if not arrays:

@@ -37,11 +37,11 @@ class BinarizedMnist(InMemory):
         for folder in (root / "binarized_mnist", root):
             if (folder / name).is_file():
                 return folder / name
-        raise AezooError(f"binarized_mnist: no {name} in {root}: fetch the three files of {_FROM} into that folder")
+        raise AezooError(f"binarized_mnist: no {name} in {root}: download the three files of {_FROM} into that folder")
 
     def _read(self, path: Path) -> torch.Tensor:
         check_bytes(path, path.stat().st_size, self.options.max_bytes)
         values = np.frombuffer(path.read_bytes().translate(None, b" \t\r\n"), np.uint8) - ord("0")
         if not values.size or values.size % 784 or values.max() > 1:
-            raise AezooError(f"{path}: not lines of 784 zeros and ones: the file is damaged, fetch it again")
+            raise AezooError(f"{path}: not lines of 784 zeros and ones: the file is damaged, download it again")
         return torch.from_numpy(values.reshape(-1, 1, 28, 28) * np.uint8(255))

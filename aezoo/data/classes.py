@@ -125,14 +125,14 @@ def restrict_training_classes(
             continue
         y = labels_of(splits[stage])
         if y is None or y.ndim != 1:
-            raise AezooError(f"{where} has {'no labels' if y is None else 'several labels a sample'}: drop "
-                             "--data.train_classes or give one label a sample")  # fmt: skip
+            raise AezooError(f"{where} has {'no labels' if y is None else 'several labels per sample'}: drop "
+                             "--data.train_classes or give one label per sample")  # fmt: skip
         names = label_names(y, class_names)
         missing = [str(one) for one in wanted if str(one) not in names]
         # a small validation split may lack one of several classes
         if missing and (stage == "train" or len(missing) == len(wanted)):
-            raise AezooError(f"no {stage} sample of {where} is of class {missing[0]!r} (--data.train_classes): there "
-                             f"are {describe_classes(names)}")  # fmt: skip
+            raise AezooError(f"no {stage} sample of {where} is of class {missing[0]!r} (--data.train_classes): "
+                             f"choose from {describe_classes(names)}")  # fmt: skip
         rows = torch.from_numpy(np.flatnonzero(np.isin(names, [str(one) for one in wanted])))
         kept[stage] = subset(splits[stage], rows)
     return kept
@@ -155,7 +155,7 @@ def keep_labels(
     """
     y = labels_of(dataset)
     if y is None or y.ndim != 1 or y.is_floating_point():
-        raise AezooError(f"{where} has no classes: drop --data.num_labels or give one whole number a sample as label")
+        raise AezooError(f"{where} has no classes: drop --data.num_labels or give one whole number per sample as label")
     classes = y[y >= 0].unique()
     each, rest = divmod(n, max(1, len(classes)))
     if rest or not len(classes):
@@ -167,8 +167,8 @@ def keep_labels(
         rows = (y == k).nonzero()[:, 0]
         if len(rows) < each:
             name = str(label_names(k[None], class_names)[0])
-            raise AezooError(f"--data.num_labels {n} needs {each} samples of each class, the training split of {where} "
-                             f"has {len(rows)} of {name!r}: lower it")  # fmt: skip
+            raise AezooError(f"--data.num_labels {n} needs {each} samples of each class, but the training split of "
+                             f"{where} has {len(rows)} of {name!r}: lower it")  # fmt: skip
         rows = rows[torch.randperm(len(rows), generator=generator)[:each]]
         kept[rows] = y[rows].long()
     return (

@@ -55,19 +55,19 @@ class Columns:
         """Read what `to_bytes` wrote, for `width` columns.
 
         Raises:
-            AezooError: it is something else.
+            AezooError: the content is something else.
         """
         try:
             stored = json.loads(content)
             names = stored["names"]
             scaling = {key: torch.tensor(stored[key], dtype=torch.float64) for key in ("offset", "factor")}
             if not (isinstance(names, list) and len(names) == width and all(isinstance(name, str) for name in names)):
-                raise ValueError("its names are others")
+                raise ValueError("its names are not those of the columns")
             if not all(part.shape == (width,) and part.isfinite().all() for part in scaling.values()):
-                raise ValueError("its numbers are others")
+                raise ValueError("its numbers do not fit the columns")
         except (ValueError, TypeError, KeyError, RuntimeError, RecursionError, OverflowError) as error:
             reason = " ".join(str(error).split())[:100]
-            raise AezooError(f"{what} is not one of compress ({reason}): remove it, or take kind npy") from None
+            raise AezooError(f"{what} was not written by compress ({reason}): remove it, or give kind npy") from None
         return cls(names, scaling, width)
 
     def to_bytes(self) -> bytes:

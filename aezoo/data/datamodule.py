@@ -210,8 +210,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         """Read and check the splits; all at once, as they share their statistics."""
         model = None if self.trainer is None else self.trainer.lightning_module
         if self.missing == "keep" and not getattr(model, "takes_missing", True):
-            raise AezooError(f"--data.missing keep is for models of samples that lack whole parts, such as mvae, and "
-                             f"{display_name(type(model))} is none: drop it")  # fmt: skip
+            raise AezooError(f"--data.missing keep is for models of samples that lack whole parts, such as mvae, "
+                             f"which {display_name(type(model))} is not: drop it")  # fmt: skip
         if not self._splits:
             if self.trainer is None:
                 self.prepare_data()
@@ -273,7 +273,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         n = 0 if train is None else _length(train)
         _, world = self._rank_and_world()
         if train is None or n < world:
-            raise AezooError(f"{self.name}: {n} training samples for {world} process(es): give more data")
+            raise AezooError(f"{self.name}: {n} training samples for {world} process(es) are too few: give more data")
         if self.drop_last and n // world < self.batch_size:
             raise AezooError(
                 f"{self.name}: {n} training samples for {world} process(es) do not fill one batch of "
@@ -285,7 +285,7 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
             raise AezooError(f"{self.name}: constant data, all {n} training samples are the same: check the file")
         if self.labels == "required" and len(collate([cast(Any, train)[0]], labels=True)) == 1:
             raise AezooError(
-                f"{self.name} has no labels and --data.labels is required: give y, a column label, or one folder a "
+                f"{self.name} has no labels and --data.labels is required: give y, a column label, or one folder per "
                 "class"
             )
 
@@ -348,15 +348,15 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         if trains and self.identity and state_dict.get("identity", self.identity) != self.identity:
             raise AezooError(other_data_message("the checkpoint"))
         for key, now, flag, words in (
-            ("world", world, "trainer.devices", "of {} processes"),
-            ("batch_size", self.batch_size, "data.batch_size", "of batches of {}"),
-            ("seed", self.seed, "data.seed", "in the order of seed {}"),
+            ("world", world, "trainer.devices", "{} processes"),
+            ("batch_size", self.batch_size, "data.batch_size", "batch size {}"),
+            ("seed", self.seed, "data.seed", "seed {}"),
         ):
             was = state_dict.get(key, now)
             if was != now and state_dict.get("batches") and trains:
                 raise AezooError(
-                    f"the checkpoint was saved within an epoch {words.format(was)}, which {now} cannot continue with: "
-                    f"take --{flag} {was}, or a checkpoint from the end of an epoch, such as best-*.ckpt"
+                    f"the checkpoint was saved within an epoch, with {words.format(was)}; with {now} the run cannot "
+                    f"continue: give --{flag} {was}, or a checkpoint from the end of an epoch, such as best-*.ckpt"
                 )
         self._position = (state_dict.get("epoch", -1), state_dict.get("batches", 0))
 
@@ -369,8 +369,8 @@ class DataModule(ConstructorHyperparameters, LightningDataModule):
         """
         if self._splits and not self.units.has_scaling(trained) and (trained or white is not None):
             rank_zero_info(
-                f"{self.name}: values are scaled by the statistics of its own training split, unlike those that the "
-                "model was trained on (--data.scale); a command scales the samples of --input as those were"
+                f"{self.name}: values are scaled by the statistics of its own training split, not of the data that the "
+                "model was trained on (--data.scale); commands scale the samples of --input like those data"
             )
 
     def val_dataloader(self) -> LazyLoader | ResidentLoader:

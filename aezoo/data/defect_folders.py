@@ -41,7 +41,7 @@ def find_mvtec(root: Path) -> tuple[Files, Masks]:
         raise AezooError(f"{root} has no folders train and test, as --data.layout mvtec needs: {hint}")
     if other := [name for name in folders(train) if name != CLASSES[0]]:
         raise AezooError(
-            f"{train} contains {other[0]} beside good: MVTec AD trains on good samples alone, move it away"
+            f"{train} contains {other[0]} besides good: MVTec AD trains on good samples only; move it elsewhere"
         )
     files: Files = {"train": [(path, 0) for path, _ in walk_images(train / CLASSES[0], ())], "test": []}
     masks: Masks = {}
@@ -72,14 +72,14 @@ def find_visa(root: Path) -> tuple[Files, Masks]:
             rows = [[row[name] for name in _COLUMNS] for row in csv.DictReader(lines)]
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise AezooError(
-            f"{table} has no columns {', '.join(_COLUMNS)} ({type(error).__name__}): fetch it again"
+            f"{table} has no columns {', '.join(_COLUMNS)} ({type(error).__name__}): download it again"
         ) from None
     for number, (name, split, label, image, mask) in enumerate(rows, start=2):
         if name != root.name:
             continue
         if split not in files or label not in ("normal", "anomaly"):
             raise AezooError(
-                f"line {number} of {table} has the split {split!r} and the label {label!r}: fetch it again"
+                f"line {number} of {table} has the split {split!r} and the label {label!r}: download it again"
             )
         path, defect = _inside(root.parent, image, table), label == "anomaly"
         files[split].append((path, int(defect)))
@@ -101,19 +101,21 @@ def _inside(home: Path, name: str, table: Path) -> Path:
     """A file that the table names; its path must stay within the folder."""
     path = home / (name or "")
     if not name or home not in path.resolve().parents:
-        raise AezooError(f"{table} names the file {name!r}, which is not inside {home}: fetch it again")
+        raise AezooError(f"{table} names the file {name!r}, which is not inside {home}: download it again")
     return path
 
 
 def _checked(root: Path, files: Files, masks: Masks) -> tuple[Files, Masks]:
     if not files["train"] or not files["test"]:
         empty = "train" if not files["train"] else "test"
-        raise AezooError(f"no images to {empty} on in {root}: fetch the set again, or give another --data.root")
+        raise AezooError(f"no images to {empty} on in {root}: download the set again, or give another --data.root")
     absent = next(
         (path for path in [*(path for path, _ in files["test"]), *masks.values()] if not path.is_file()), None
     )
     if absent is not None:
-        raise AezooError(f"{absent} is missing: fetch the set again, or read pictures alone with --data.layout auto")
+        raise AezooError(
+            f"{absent} is missing: download the set again, or read only the images with --data.layout auto"
+        )
     return files, masks
 
 
@@ -132,13 +134,13 @@ def read_mask(path: Path, picture: Path, size: int | None, max_pixels: int) -> T
     shape, wanted = (read_header(file, max_pixels).shape for file in (path, picture))
     if shape != wanted:
         raise AezooError(f"the mask {path} is {shape[0]}x{shape[1]}, its picture {wanted[0]}x{wanted[1]} (height x "
-                         "width): fetch the set again")  # fmt: skip
+                         "width): download the set again")  # fmt: skip
     with open_picture(path, max_pixels) as image:
         # the entries of a palette are indices of kinds of defects
         values = np.asarray(image if image.mode in ("L", "P", "1", "I;16", "I") else image.convert("L"))
         marked = Image.fromarray((values > 0).astype(np.uint8) * 255)
     if marked.getextrema() == (0, 0):
-        raise AezooError(f"the mask {path} marks no pixel, but its picture is one of a defect: fetch the set again")
+        raise AezooError(f"the mask {path} marks no pixel, but its picture is one of a defect: download the set again")
     if size is not None and marked.size != (size, size):
         marked = ImageOps.fit(marked, (size, size), Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(marked) > 0)

@@ -208,7 +208,7 @@ class Folder(ImageSource):
             super().__init__(options, str(root), *find_images(root))
             return
         if options.layout not in FINDERS:
-            raise AezooError(f"--data.layout {options.layout} is for arrays: of a folder it is auto, mvtec or visa")
+            raise AezooError(f"--data.layout {options.layout} is for arrays: for a folder, give auto, mvtec or visa")
         files, self.masks = FINDERS[options.layout](root)
         super().__init__(options, str(root), files, CLASSES)
 

@@ -97,7 +97,9 @@ class HfImages(ImageSource):
         from datasets import Image
 
         if y and names is None:
-            raise AezooError(f"{options.root}: the labels are not classes: give --data.label_column none, or another")
+            raise AezooError(
+                f"{options.root}: the labels are not classes: give --data.label_column none, or another column"
+            )
         self._column = column
         # our rules decide which files Pillow opens
         encoded = Image(decode=False)
@@ -167,8 +169,8 @@ def _read_arrays(rows: Any, column: str, start: int, stop: int, place: Row) -> n
         part = _stack_rows(part, column, start, place)
     # missing integers become NaN
     if part.dtype.kind == "f" != dtype.kind and (gaps := np.isnan(part).reshape(len(part), -1).any(1)).any():
-        raise AezooError(f"{place._replace(number=start + int(gaps.argmax()))} lacks numbers in column {column}: fill "
-                         "or remove it")  # fmt: skip
+        raise AezooError(f"{place._replace(number=start + int(gaps.argmax()))} has missing values in column {column}: "
+                         "fill or remove it")  # fmt: skip
     return part
 
 
@@ -190,7 +192,7 @@ def _stack_rows(part: Any, column: str, start: int, place: Row) -> npt.NDArray[A
 
 
 def _shape_error(row: Row, found: tuple[int, ...], wanted: tuple[int, ...]) -> AezooError:
-    return AezooError(f"{row} has shape {found}, rows before it have {wanted}: give all rows one shape")
+    return AezooError(f"{row} has shape {found}, the rows before it have {wanted}: give all rows the same shape")
 
 
 def _is_feature(feature: Any, name: str) -> bool:
@@ -222,13 +224,15 @@ def _sample_column(features: Mapping[str, Any], options: Options) -> str:
     arrays = [name for name, feature in features.items() if _dtype(feature)]
     if options.column != "auto":
         if options.column not in images + arrays:
-            what = "is not there" if options.column not in features else "contains neither images nor arrays of numbers"
-            raise AezooError(f"{options.root}: the column {options.column!r} {what}: there are "
+            what = (
+                "does not exist" if options.column not in features else "contains neither images nor arrays of numbers"
+            )
+            raise AezooError(f"{options.root}: the column {options.column!r} {what}: choose from "
                              f"{_listed(images + arrays)}")  # fmt: skip
         return options.column
     found = images or arrays
     if len(found) != 1:
-        cure = "choose one with --data.column" if found else "a table of numbers is for --data array"
+        cure = "choose one with --data.column" if found else "read a table of numbers with --data array"
         kind = "images" if images else "arrays" if arrays else "images or arrays"
         raise AezooError(f"{options.root} has {len(found) or 'no'} column(s) of {kind}, "
                          f"{_listed(found or list(features))}: {cure}")  # fmt: skip
@@ -270,7 +274,8 @@ def _labels(sets: Sets, column: str | None, where: str) -> tuple[dict[Stage, Ten
         beyond = ((values < -1) | (values >= feature.num_classes)).nonzero()
         if len(beyond):
             row = int(beyond[0])
-            raise AezooError(f"{Row(where, stage, row)} has class {int(values[row])} of {feature.num_classes}: fix it")
+            last = feature.num_classes - 1
+            raise AezooError(f"{Row(where, stage, row)} has class {int(values[row])}, not 0 to {last}: correct it")
     return y, tuple(map(str, feature.names))
 
 
@@ -325,9 +330,9 @@ def _load(options: Options) -> Mapping[str, Any]:
         if path.is_dir():
             raise AezooError(f"{path} cannot be read as a data set of Hugging Face ({reason}): save it again with "
                              "save_to_disk, or give a folder of .parquet files") from None  # fmt: skip
-        where = "can be got from the hub" if options.download else "is in the cache of the hub (--data.download false)"
-        raise AezooError(f"{options.root} is no folder here, and no set of that name {where} ({reason}): check name "
-                         "and network, or give a folder that save_to_disk wrote") from None  # fmt: skip
+        where = "on the hub" if options.download else "in the cache of the hub (--data.download false)"
+        raise AezooError(f"{options.root} is not a folder, and no data set of that name is {where} ({reason}): check "
+                         "the name and the network, or give a folder that save_to_disk wrote") from None  # fmt: skip
     return found if isinstance(found, Mapping) else {"train": found}
 
 
@@ -344,7 +349,7 @@ def _check_card(folder: Path) -> None:
         for one in _strings(card.get("configs") if isinstance(card, Mapping) else None):
             if "://" in one or "::" in one:
                 raise AezooError(f"the card of {folder} names {one[:100]!r}, and addresses are not opened "
-                                 "(SECURITY.md): download it, and name it by its path")  # fmt: skip
+                                 "(SECURITY.md): download it, and give its path")  # fmt: skip
 
 
 def _check_packed(folder: Path, max_bytes: int) -> None:

@@ -49,8 +49,8 @@ def data_identity(name: str, root: str = DEFAULT_ROOT, of: str = "", allow_remot
 def other_data_message(source: object) -> str:
     """The reason why a fit cannot continue from a checkpoint of another set."""
     return (
-        f"{source} was trained on other data than these, or they have changed since: leave out --ckpt_path and "
-        "--resume to train a run of their own, or fine-tune from Python with aezoo.load_model"
+        f"{source} was trained on other data, or the data have changed since then: leave out --ckpt_path and "
+        "--resume to start a new run, or fine-tune from Python with aezoo.load_model"
     )
 
 

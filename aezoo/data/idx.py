@@ -124,17 +124,23 @@ class Idx(InMemory):
         title, most = self.family.title, self.options.max_bytes
         x, y = read_idx(image_path, title, most), read_idx(label_path, title, most).long()
         if x.ndim != 3 or x.shape[1:] != (28, 28) or x.dtype != torch.uint8:
-            raise AezooError(f"{image_path} contains no 28 x 28 images but {tuple(x.shape)}: is it the right file?")
+            raise AezooError(f"{image_path} has shape {tuple(x.shape)}, not 28 x 28 images: check that it is the right "
+                             "file")  # fmt: skip
         # QMNIST labels have eight columns, the class first
         y = y[:, 0] if y.ndim == 2 else y
         if len(x) != len(y):
-            raise AezooError(f"{image_path} has {len(x)} images but {label_path} {len(y)} labels: download them again")
+            raise AezooError(
+                f"{image_path} has {len(x)} images but {label_path} has {len(y)} labels: download them again"
+            )
         if self.family.title == "EMNIST":
             # its files store the images column by column, and the labels of the letters from 1 to 26
             x = x.transpose(1, 2).contiguous()
             y = y - 1 if self.family.split == "letters" else y
         if y.min() < 0 or y.max() >= len(self.family.class_names):
-            raise AezooError(f"{label_path} has labels outside 0..{len(self.family.class_names) - 1}: wrong file?")
+            raise AezooError(
+                f"{label_path} has labels outside 0..{len(self.family.class_names) - 1}: check that it is the right "
+                "file"
+            )
         return LabelledArrays(x[:, None], y)
 
 
@@ -152,7 +158,7 @@ def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
             axes = head[3] if head[:2] == b"\0\0" and len(head) == 4 and head[2] in _TYPES else 0
             lengths = file.read(4 * axes)
             if not axes or len(lengths) < 4 * axes:
-                raise AezooError(f"{path} is no idx file ({len(head) + len(lengths)} bytes and no header): {again}")
+                raise AezooError(f"{path} is not an idx file ({len(head) + len(lengths)} bytes and no header): {again}")
             shape = np.frombuffer(lengths, ">u4").tolist()
             kind = np.dtype(_TYPES[head[2]])
             wanted = math.prod(shape) * kind.itemsize
@@ -160,12 +166,12 @@ def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
             # one byte more than the header declares shows excess data, without decompressing all of them
             data = file.read(wanted + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise AezooError(f"{path} is no whole gzip file ({error}): {again}") from None
+        raise AezooError(f"{path} is not a complete gzip file ({error}): {again}") from None
     except OSError as error:
         raise AezooError(f"cannot read {path} ({error.strerror}): check the file and its permissions") from None
     if len(data) != wanted or not wanted:
         start = 4 + 4 * axes
-        raise AezooError(f"{path} has {start + len(data)} bytes where its header promises {start + wanted}: {again}")
+        raise AezooError(f"{path} has {start + len(data)} bytes where its header declares {start + wanted}: {again}")
     return torch.from_numpy(np.frombuffer(data, kind).reshape(shape).astype(kind.newbyteorder("=")))
 
 

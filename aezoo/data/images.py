@@ -50,7 +50,7 @@ class ImageFileArgs(TypedDict, total=False):
         "raise", "A broken image ends the run (raise), or is skipped with a warning that counts them (skip)."
     )]  # fmt: skip
     max_pixels: Annotated[int, Argument(
-        89_478_485, "Refuse images with more pixels, which may be decompression bombs.", 1
+        89_478_485, "Refuse images with more pixels than this, which may be decompression bombs.", 1
     )]  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def ignored_content(headers: Mapping[Any, Header]) -> list[str]:
     return [
         *([f"transparency is dropped from {len(transparent)} images: {first_few(transparent)}"] if transparent else []),
         *(
-            [f"{len(paged)} files contain several images, and the first alone is read: {first_few(paged)}"]
+            [f"{len(paged)} files contain several images, and only the first is read: {first_few(paged)}"]
             if paged
             else []
         ),
@@ -115,7 +115,7 @@ def to_tensor(image: Image.Image, size: int | None, channels: int) -> Tensor:
     if image.mode in MODES_16_BIT:
         values = np.asarray(image).astype(np.float32) / 65535
         if values.min() < 0 or values.max() > 1:
-            raise ValueError("it has 32 bits a value; save it with 16 or 8")
+            raise ValueError("it has 32 bits per value; save it with 16 or 8")
         return resize(torch.from_numpy(values)[None, None], size, channels)[0]
     mode = "L" if channels == 1 else "RGB"
     image = image if image.mode == mode else image.convert(mode)  # convert would copy it
@@ -234,7 +234,7 @@ def _broken_image_error(path: Path | EncodedImage, error: Exception, max_pixels:
         what += ", looks like HTML: a failed download?"
     reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}".rstrip(": ")
     return AezooError(
-        f"{path} is no readable image ({what}){reason}; replace or delete it, or skip such files with "
+        f"{path} is not a readable image ({what}){reason}; replace or delete it, or skip such files with "
         "--data.on_error skip"
     )
 

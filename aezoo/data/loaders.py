@@ -178,7 +178,7 @@ def worker_failure(error: BaseException) -> str | None:
     found = re.search(rf"{died}|unable to allocate shared memory", message)
     return found and (
         f"a data worker {found[1] or 'has failed'}, usually because memory or /dev/shm is full: read without "
-        "workers by --data.num_workers 0, or give more room, such as docker run --shm-size 4g"
+        "workers by --data.num_workers 0, or provide more memory, for example with docker run --shm-size 4g"
     )
 
 
@@ -192,7 +192,7 @@ def collate(samples: Batch | Sequence[Any], *, labels: bool) -> Batch:
         y = torch.stack([torch.as_tensor(pair[1]) for pair in pairs]) if len(pairs[0]) > 1 else None
     batch = (x, cast(Tensor, y)) if labels and y is not None else (x,)
     if get_worker_info() is not None:
-        # if /dev/shm has no room for a batch, the pinning thread loses it and all processes wait for it
+        # if /dev/shm has no space for a batch, the pinning thread loses it and all processes wait for it
         for part in batch:
             part.share_memory_()
     return batch

@@ -55,7 +55,7 @@ def open_network(options: Options, shape: tuple[int, ...], classes: int | None) 
     is_import = not is_file and "." in name and all(part.isidentifier() for part in name.split("."))
     if options.weights == "random":
         if is_file or is_import:
-            raise AezooError(f"--data.weights random does not apply to {name}, which brings its weights: drop it")
+            raise AezooError(f"--data.weights random does not apply to {name}, which has weights of its own: drop it")
         rank_zero_warn(f"{name} gets RANDOM weights, fixed by --data.seed {options.seed}: its activations are not "
                        "those of a trained network")  # fmt: skip
     with forked_rng(_CPU), torch.inference_mode(False):
@@ -86,8 +86,8 @@ def _torchvision_network(name: str, weights: str, shape: tuple[int, ...]) -> Net
         raise AezooError(f"unknown network {name!r}{hint} --data.network takes classifier, a classifier of torchvision "
                          "such as resnet18, the run of a model of the zoo, or the import path of a module")  # fmt: skip
     if len(shape) != 3 or shape[0] not in (1, 3):
-        raise AezooError(f"{name} takes images of 1 or 3 channels, not samples of shape {shape}: give another set as "
-                         "--data.of or another --data.network")  # fmt: skip
+        raise AezooError(f"{name} takes images of 1 or 3 channels, not samples of shape {shape}: give another data "
+                         "set as --data.of or another --data.network")  # fmt: skip
     module = models.get_model(name, weights=None)
     if weights == "stored":
         instead = "give --data.weights random, whose activations are not those of a trained network"
@@ -126,15 +126,15 @@ def _imported_network(path: str) -> nn.Module:
     # functions among what any configuration may name are not called: some of them start runs
     own = any(f"{path}.".startswith(f"{root}.") for root in policy.PACKAGES)
     if not (isinstance(found, type) and issubclass(found, nn.Module)) and (own or not inspect.isfunction(found)):
-        raise AezooError(f"--data.network {path} is no torch.nn.Module and no function of yours that makes one")
+        raise AezooError(f"--data.network {path} is neither a torch.nn.Module nor a function of yours that returns one")
     try:
         module = found()
     except Exception as error:  # the user's code may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise AezooError(f"--data.network {path} cannot be built without arguments ({reason}): give a function that "
-                         "makes it") from error  # fmt: skip
+                         "builds it") from error  # fmt: skip
     if not isinstance(module, nn.Module):
-        raise AezooError(f"--data.network {path} gives a {type(module).__name__} and no torch.nn.Module")
+        raise AezooError(f"--data.network {path} returns a {type(module).__name__}, not a torch.nn.Module")
     return module
 
 
@@ -159,7 +159,7 @@ def check_layers(module: nn.Module, layers: Sequence[str], what: str) -> None:
     for layer in layers:
         if layer not in known:
             near = difflib.get_close_matches(layer, known, n=3, cutoff=0.4) or known[:8]
-            raise AezooError(f"{what} has no layer {layer!r} (--data.layer): there are {len(known)}, such as "
+            raise AezooError(f"{what} has no layer {layer!r} (--data.layer): it has {len(known)}, such as "
                              f"{', '.join(near)}")  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def layer_outputs(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[T
     except AezooError:
         raise
     except Exception as error:  # any error of a network that was made for other samples
-        raise AezooError(f"the network does not take samples of shape {tuple(x.shape[1:])} ({type(error).__name__}: "
+        raise AezooError(f"the network does not accept samples of shape {tuple(x.shape[1:])} ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:200]}): give another --data.size, --data.channels or set") \
             from error  # fmt: skip
     finally:
@@ -197,10 +197,10 @@ def layer_outputs(module: nn.Module, layers: Sequence[str], x: Tensor) -> list[T
             hook.remove()
     for name in layers:
         if name not in found:
-            raise AezooError(f"layer {name} gives no tensor, or is not used (--data.layer): take one before or after")
+            raise AezooError(f"layer {name} returns no tensor, or is not used (--data.layer): choose another")
         if found[name].ndim < 2 or len(found[name]) != len(x):
-            raise AezooError(f"layer {name} gives {tuple(found[name].shape)} for {len(x)} samples, and not a row for "
-                             "each (--data.layer): take one before or after")  # fmt: skip
+            raise AezooError(f"layer {name} returns {tuple(found[name].shape)} for {len(x)} samples, not one row per "
+                             "sample (--data.layer): choose another")  # fmt: skip
     return [found[name].float() for name in layers]
 
 

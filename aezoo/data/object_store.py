@@ -3,8 +3,8 @@
 `ObjectFolder` lists and reads objects by boto3, with boto3's settings: AWS_ACCESS_KEY_ID, AWS_PROFILE,
 AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS and so on. `FileCache` stores files of such a folder in a local folder of limited
 size that all processes of a machine share. A process that reads a file has a shared lock on it, and a process that
-writes a file has an exclusive lock on its unfinished `.part-NAME`. To make room, only files that nobody has locked are
-deleted. So nothing has to be cleaned up after a kill.
+writes a file has an exclusive lock on its unfinished `.part-NAME`. To free disk space, only files without a lock are
+deleted. Nothing has to be cleaned up after a kill.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ _UNREACHABLE = "the server cannot be reached: check the network and AWS_ENDPOINT
 _CAUSES = {
     "NoSuchBucket": "there is no such bucket: check its name, and AWS_ENDPOINT_URL for a store that is not Amazon's",
     "NoCredentialsError": "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "PartialCredentialsError": "half of the credentials is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "ProfileNotFound": "AWS_PROFILE names a profile that no file of AWS settings has: correct one of them",
+    "PartialCredentialsError": "one of the two credentials is missing: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "AWS_PROFILE names a profile that is in no AWS configuration file: correct one of them",
     "AccessDenied": "access is denied: the credentials need s3:ListBucket and s3:GetObject there",
-    "PreconditionFailed": "it has been written again since this command began: start again",
-    "NoSuchKey": "it has been deleted since this command began: start again",
+    "PreconditionFailed": "it has been overwritten since this command started: run the command again",
+    "NoSuchKey": "it has been deleted since this command started: run the command again",
     **dict.fromkeys(
         ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
         "the credentials are not accepted: renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN",
     ),
-    "ValueError": "AWS_ENDPOINT_URL is no address: give one such as https://store.example:9000",
+    "ValueError": "AWS_ENDPOINT_URL is not an address: give one such as https://store.example:9000",
     "FlexibleChecksumError": "its content does not match its checksum: upload it again",
 }
 
@@ -60,7 +60,7 @@ class ObjectStoreArgs(TypedDict, total=False):
         "~/.cache/aezoo/chunks."
     )]  # fmt: skip
     cache_bytes: Annotated[int, Argument(
-        2**35, "The most that the chunks there may take (32 GiB); those that were not used for longest are deleted.", 1
+        2**35, "The most bytes that these chunks may take (32 GiB); the least recently used ones are deleted.", 1
     )]  # fmt: skip
 
 
@@ -104,14 +104,14 @@ class ObjectFolder:
     def __init__(self, address: str, allow_remote: bool = False) -> None:
         shown = without_credentials(address)
         if not address.startswith(SCHEME):
-            raise AezooError(f"{shown} is an address, and only s3:// ones are opened (SECURITY.md): copy or mount the "
-                             "folder first, and give its path with --data.root")  # fmt: skip
+            raise AezooError(f"{shown} is an address, and only s3:// addresses are opened (SECURITY.md): copy or mount "
+                             "the folder first, and give its path with --data.root")  # fmt: skip
         if not (allow_remote or policy.allows_remote()):
-            raise AezooError(f"{shown} is an address, and addresses are not opened unless you say so: add "
+            raise AezooError(f"{shown} is an address, and addresses are not opened unless you allow it: add "
                              "--allow_remote (in Python: allow_remote=True), or copy the folder first")  # fmt: skip
         found = _ADDRESS.fullmatch(address)
         if found is None:
-            raise AezooError(f"{shown} is no address of a folder: give s3://bucket/prefix, and credentials by "
+            raise AezooError(f"{shown} is not the address of a folder: give s3://bucket/prefix, and credentials by "
                              "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE")  # fmt: skip
         self.bucket, prefix = found[1], (found[2] or "").strip("/")
         self.address = f"{SCHEME}{self.bucket}{'/' if prefix else ''}{prefix}"
@@ -152,7 +152,9 @@ class ObjectFolder:
                 raise self._refusal(error) from None
             if not page.get("NextContinuationToken"):
                 return
-        raise AezooError(f"{self.address} has more than {_MOST_OBJECTS:,} objects: give the prefix of the set alone")
+        raise AezooError(
+            f"{self.address} has more than {_MOST_OBJECTS:,} objects: give the prefix of the data set only"
+        )
 
     def blocks(self, path: str, most: int | None = None) -> Iterator[bytes]:
         """The content of an object in order; after a lost connection, reading continues where it stopped.
@@ -176,7 +178,7 @@ class ObjectFolder:
                 response = client.get_object(Bucket=self.bucket, Key=key, IfMatch=tag, **part)
                 with contextlib.closing(response["Body"]) as body:
                     if response["ContentLength"] != end - offset:
-                        raise AezooError(f"{self.address}/{path} has another size than was asked for: start again")
+                        raise AezooError(f"{self.address}/{path} has an unexpected size: run the command again")
                     for block in body.iter_chunks(_BLOCK):
                         offset += len(block)
                         yield block
@@ -211,7 +213,7 @@ class ObjectFolder:
             kind = kind if re.fullmatch(r"\w{1,60}", kind, re.ASCII) else "an unknown error"
         cause = _CAUSES.get("AccessDenied" if kind == "403" else kind)
         if cause is None:
-            cause = f"{_UNREACHABLE} ({kind})" if _is_transient(error) else f"the store answers {kind}"
+            cause = f"{_UNREACHABLE} ({kind})" if _is_transient(error) else f"the store answered {kind}"
         where = f"{self.address}/{path}" if path else self.address
         return AezooError(f"{where} cannot be read: {cause}")
 
@@ -248,8 +250,8 @@ class FileCache:
     def __init__(self, objects: ObjectFolder, root: str, most: int) -> None:
         self.objects, self.most = objects, most
         if sys.platform == "win32":
-            raise AezooError(f"{objects.address} needs locks that Windows lacks: copy the folder first, and give its "
-                             "path with --data.root")  # fmt: skip
+            raise AezooError(f"{objects.address} needs file locks that Windows lacks: copy the folder first, and give "
+                             "its path with --data.root")  # fmt: skip
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "aezoo" / "chunks"
         self.root = (Path(root) if root else default).expanduser().absolute()
         self.folder = self.root / objects.digest()
@@ -269,7 +271,7 @@ class FileCache:
         size = self.objects.objects[path].size
         if size > most:
             raise AezooError(f"{self.objects.address}/{path} has {size:,} bytes, and at most {most:,} are read: "
-                             "give the folder of a set")  # fmt: skip
+                             "give the folder of a data set")  # fmt: skip
         file = self.folder / path
         if not file.is_file():
             content = b"".join(self.objects.blocks(path))
@@ -345,7 +347,7 @@ class FileCache:
                         opened.write(block)
                     opened.flush()
                     os.fsync(opened.fileno())
-                    with self._locked():  # otherwise a process that makes room may see neither name
+                    with self._locked():  # otherwise a process that frees space may see neither name
                         part.replace(file)
                 except BaseException:
                     part.unlink(missing_ok=True)
@@ -354,7 +356,7 @@ class FileCache:
             raise self._unwritable(error) from None
 
     def _reserve(self, part: IO[bytes], size: int) -> None:
-        """Wait until there is room, and give the file its final size, by which other processes count it."""
+        """Wait until there is enough space, and give the file its final size, by which other processes count it."""
         os.ftruncate(part.fileno(), 0)
         while True:
             with self._locked():
@@ -365,7 +367,7 @@ class FileCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """A context in which no other process makes room, or begins or completes a file."""
+        """A context in which no other process frees space, or begins or completes a file."""
         with (self.root / _LOCK).open("ab") as lock:
             _lock(lock)
             yield
@@ -388,8 +390,8 @@ class FileCache:
         return total <= self.most
 
     def _unwritable(self, error: OSError) -> AezooError:
-        return AezooError(f"cannot write chunks into {self.root} ({error.strerror or error}): make room, lower "
-                          "--data.cache_bytes, or give another --data.cache_dir")  # fmt: skip
+        return AezooError(f"cannot write chunks into {self.root} ({error.strerror or error}): free disk "
+                          "space, lower --data.cache_bytes, or give another --data.cache_dir")  # fmt: skip
 
 
 def _lock(file: IO[bytes], shared: bool = False, wait: bool = True) -> None:

@@ -38,7 +38,7 @@ class MemoryLimitArgs(TypedDict, total=False):
     """Setting of sources that read whole files into memory."""
 
     max_bytes: Annotated[int, Argument(
-        2**33, "Refuse files that need more bytes of memory once they are read (8 GiB).", 1
+        2**33, "Refuse files that need more bytes of memory than this (8 GiB).", 1
     )]  # fmt: skip
 
 
@@ -46,8 +46,8 @@ class LabelColumnArgs(TypedDict, total=False):
     """Setting of sources whose labels are a column of a table."""
 
     label_column: Annotated[str, Argument(
-        "auto", "The column that contains the labels of hf, stream or a table (.csv, .parquet), by name; none leaves "
-        "labels out; auto takes the one of classes, or else the one called label."
+        "auto", "The column that contains the labels of hf, stream or a table (.csv, .parquet), by name; none: no "
+        "labels; auto: the column of classes, or else the one called label."
     )]  # fmt: skip
 
 
@@ -55,8 +55,8 @@ class ColumnArgs(LabelColumnArgs, total=False):
     """Settings of sources whose samples are a column of a table, too."""
 
     column: Annotated[str, Argument(
-        "auto", "The column that contains the samples of hf or stream, by name, or by number in a tuple; auto takes "
-        "the one of images, or else the one of arrays."
+        "auto", "The column that contains the samples of hf or stream, by name, or by number in a tuple; auto: the "
+        "column of images, or else the column of arrays."
     )]  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _refuse_pickle(path: Path, error: ValueError) -> AezooError:
             f"{path} contains Python objects (pickle), which can run code, or is damaged: save plain numbers, "
             "np.save(path, array.astype('float32'))"
         )
-    return AezooError(f"{path} is damaged or no NumPy file ({error}): write it again with np.save")
+    return AezooError(f"{path} is damaged or not a NumPy file ({error}): write it again with np.save")
 
 
 def is_streamed(array: Any) -> bool:
@@ -201,7 +201,7 @@ def _read_npy(path: Path, max_bytes: int, streamed: bool = False) -> Arrays:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
-        raise AezooError(f"{path} is a zip archive and no .npy: rename it to .npz if it is one")
+        raise AezooError(f"{path} is a zip archive, not a .npy file: rename it to .npz if it is one")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if streamed and array.flags.c_contiguous:
@@ -220,7 +220,7 @@ def _read_npz(path: Path, max_bytes: int) -> Arrays:
         # opened here, because np.load does not close a damaged archive
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile) or file.zip is None:
-                raise AezooError(f"{path} is no archive of arrays: rename it to .npy if it is one array")
+                raise AezooError(f"{path} is not an archive of arrays: rename it to .npy if it is one array")
             for name in file.zip.namelist():
                 _check_header(path, file.zip.open(name), max_bytes)
             return _name_single_array({name: file[name] for name in file.files})
@@ -298,7 +298,7 @@ class CsvTable:
         self._path = path
         line = next(self._lines(), None)
         if line is None:
-            raise AezooError(f"{path} is empty: give one row a sample")
+            raise AezooError(f"{path} is empty: give one row per sample")
         self.separator = max(",;\t", key=line.count)
         self.first = first = [cell.strip() for cell in next(csv.reader(self._lines(), delimiter=self.separator))]
         # an empty cell is a missing value
@@ -354,7 +354,7 @@ def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Seque
                     broken = number, row
     width = len(first) - len(texts)
     if number < 0 or not width:
-        raise AezooError(f"{path} has a header only: give one row a sample")
+        raise AezooError(f"{path} has only a header: give one row per sample")
     named = header or first[1:] == [str(i) for i in range(len(first) - 1)]
     if len(first) > 1 and not first[0] and named and _is_row_index(beginnings[not header :]):
         raise AezooError(
@@ -366,15 +366,15 @@ def _read_csv(path: Path, max_bytes: int, label_column: str, time_columns: Seque
         column = next(i for i, cell in enumerate(row) if cell.strip() and not _is_number(cell))
         is_comma = separator != "," and _is_number(row[column].replace(",", "."))
         is_missing = row[column].strip().lower() in _MISSING
-        cure = "write a point for its comma" if is_comma else "encode or drop the column"
+        cure = "write a decimal point instead of the comma" if is_comma else "encode or drop the column"
         cure = "leave it empty for aezoo impute, or fill it" if is_missing and not is_comma else cure
         cure += ", or say by --data.label_column which column contains the classes" * (label is None and not is_comma)
         place = f"column {column + 1} of the features" + (f", {columns[column]}" if columns else "")
-        raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is no number: {cure}")
+        raise AezooError(f"{path}, row {number}, {place}: {row[column]!r} is not a number: {cure}")
     x = np.frombuffer(values).reshape(number + 1, width)
     if table.counts and (x == np.floor(x)).all():
-        warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is taken for a header, as all others hold "
-                      "whole numbers too: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
+        warnings.warn(f"{path}: the first row, {separator.join(first)[:40]}, is read as a header, although all rows "
+                      "hold whole numbers: write 0.0 for its 0 if it is a sample", stacklevel=2)  # fmt: skip
     y = parse_labels(texts[label]) if label is not None and label_column != "none" else None
     times = () if time is None else texts[time]
     return TableArrays({"x": x, "y": y}, columns, None if label is None else first[label], times)
@@ -530,8 +530,8 @@ def _check_texts(texts: list[str]) -> None:
     """Refuse labels that are too long for names of classes."""
     longest = max(map(len, texts), default=0)
     if 4 * longest * len(texts) > _MOST_LABEL_BYTES:
-        raise AezooError(f"{len(texts):,} labels of up to {longest:,} characters are no names of classes: choose their "
-                         "column with --data.label_column")  # fmt: skip
+        raise AezooError(f"{len(texts):,} labels of up to {longest:,} characters are not names of classes: choose "
+                         "their column with --data.label_column")  # fmt: skip
 
 
 def _is_row_index(cells: list[str]) -> bool:

@@ -82,7 +82,9 @@ class Shapes(Source):
 
     def __init__(self, options: Options) -> None:
         if options.scale not in ("auto", "none"):
-            raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
+            raise AezooError(
+                f"--data.scale {options.scale} needs a data set in memory, which {options.name} is not: use auto"
+            )
         self.options = options
         self.size, channels = options.size or 64, options.channels or 1
         if self.size < _MIN_SIDE:
@@ -205,7 +207,7 @@ class SpriteDataset(Dataset[tuple[Tensor, Tensor]]):
         return x[0], y[0]
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """A whole batch at once; torch's loader prefers this method to one call a sample."""
+        """A whole batch at once; torch's loader prefers this method to one call per sample."""
         at = torch.as_tensor(indices)
         numbers = at.div(len(self.grey), rounding_mode="floor") * COMBINATIONS + self.grey[at % len(self.grey)]
         factors = self.source.factors(numbers)

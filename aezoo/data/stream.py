@@ -81,7 +81,7 @@ _SAFE_KINDS = (
 _CONTAINERS = {"builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "collections.deque"}
 # largest index.json and classes.json in an object store, in bytes
 _MOST_JSON = 2**28
-_SAFE = "images, arrays, text and Python's own numbers (float(x) or int(x) of NumPy's)"
+_SAFE = "images, arrays, text and Python's own numbers (float(x) or int(x) of NumPy numbers)"
 # litdata also reads the text after the colon as the name of a decoder
 _SAFE_KIND_PATTERN = re.compile(rf"({'|'.join(_SAFE_KINDS)})(:(\d+|jpe?g|png|webp|bmp|gif))?")
 
@@ -100,7 +100,7 @@ class _RefusePickle(_RawBytes):
     """Replaces the decoder that would unpickle objects."""
 
     def deserialize(self, data: Any) -> bytes:
-        raise AezooError(f"it contains Python objects (pickle), which can run code: write {_SAFE} alone")
+        raise AezooError(f"it contains Python objects (pickle), which can run code: write only {_SAFE}")
 
 
 def _unpacked_size(data: bytes) -> int:
@@ -131,8 +131,8 @@ class _LimitedUnpacking:
     def decompress(self, data: Any, *sizes: int, **named: int) -> Any:
         size = max([_unpacked_size(bytes(data[:18])), *sizes, *named.values()])
         if size < 0:
-            raise AezooError("it is packed and does not declare its size: write it again")
-        check_bytes("a packed item", size, self._max_bytes)
+            raise AezooError("it is compressed and does not declare its size: write it again")
+        check_bytes("a compressed item", size, self._max_bytes)
         return self._unpacker.decompress(data, *sizes, **named)
 
 
@@ -247,19 +247,19 @@ def _read_index(root: Path, shown: str, found: Mapping[str, int] | None) -> tupl
         whole = about.get("compression") and about.get("compression_level") not in ("batch", "sample")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise AezooError(f"{path} is no index of litdata ({reason}): run litdata.optimize again") from None
+        raise AezooError(f"{path} is not an index of litdata ({reason}): run litdata.optimize again") from None
     if about.get("format") or about.get("encryption") or about.get("item_loader", "PyTreeLoader") != "PyTreeLoader":
-        raise AezooError(f"{path} lists chunks for another reader: write them with litdata.optimize alone")
+        raise AezooError(f"{path} lists chunks for another reader: write them with litdata.optimize")
     others = sorted(kind for kind in kinds if not _SAFE_KIND_PATTERN.fullmatch(kind))
     if others:
         raise AezooError(f"{path} lists items of {', '.join(others)}, which may be pickled and run code: write "
-                         f"{_SAFE} alone")  # fmt: skip
+                         f"only {_SAFE}")  # fmt: skip
     if others := sorted(containers - _CONTAINERS):
-        raise AezooError(f"{path} lists items in a {', '.join(others)[:100]}, which may import code: write dicts, "
-                         "lists and tuples alone")  # fmt: skip
+        raise AezooError(f"{path} lists items in a {', '.join(others)[:100]}, which may import code: write only "
+                         "dicts, lists and tuples")  # fmt: skip
     if whole:
         # litdata puts the decompressed chunk into the folder and deletes the compressed one
-        raise AezooError(f"{path} lists chunks that are packed as a whole: write them without compression, or with "
+        raise AezooError(f"{path} lists chunks that are compressed as a whole: write them without compression, or with "
                          "compression_level='batch'")  # fmt: skip
     for name, size, length in zip(names, sizes, lengths, strict=True):
         if Path(name).name != name:
@@ -299,7 +299,9 @@ class Stream(Source):
 
     def __init__(self, options: Options) -> None:
         if options.scale not in ("auto", "none"):
-            raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
+            raise AezooError(
+                f"--data.scale {options.scale} needs a data set in memory, which {options.name} is not: use auto"
+            )
         if options.on_error == "skip":
             raise AezooError(
                 "--data.on_error skip does not apply to stream, whose items are read when they are used: use raise"
@@ -344,13 +346,15 @@ class Stream(Source):
         fields = _fields(item)
         for name in (self._column, self._label):
             if name is not None and name not in fields:
-                raise AezooError(f"{place} has no {name!r}, as the first item has: give all items the same parts")
+                raise AezooError(f"{place} has no {name!r}, unlike the first item: give all items the same parts")
         x = self._read(fields[self._column], place)
         if tuple(x.shape) != self.input_shape:
             found, first = ("x".join(map(str, shape)) for shape in (x.shape, self.input_shape))
-            raise AezooError(f"{place} is {found}, the first item is {first}: give --data.size, or items of one shape")
+            raise AezooError(
+                f"{place} is {found}, but the first item is {first}: give --data.size, or items of one shape"
+            )
         if (x.dtype == torch.uint8) != (self.white == 255):
-            raise AezooError(f"{place} contains {x.dtype} and the first item does not: give all items one dtype")
+            raise AezooError(f"{place} contains {x.dtype}, unlike the first item: give all items the same dtype")
         return (x,) if self._label is None else (x, self._number(fields[self._label], place))
 
     def _set_shape(self, first: Any, place: str) -> None:
@@ -387,13 +391,13 @@ class Stream(Source):
             try:
                 x = to_tensor(value, options.size, self.input_shape[0])
             except ValueError as error:
-                raise AezooError(f"{place} is no readable image ({error}): write it again") from None
+                raise AezooError(f"{place} is not a readable image ({error}): write it again") from None
         return x.float() / 255 if self.white == 1 and x.dtype == torch.uint8 else x
 
     def _array(self, value: Any, place: str) -> Tensor:
         if not isinstance(value, Tensor | np.ndarray):
             raise AezooError(
-                f"{place} contains a {type(value).__name__}, the first item an array: give all items one kind"
+                f"{place} contains a {type(value).__name__}, but the first item an array: give items of one kind"
             )
         # a copy: litdata's tensors are views of a file that it may close
         x = to_real_tensor(value[None].clone() if isinstance(value, Tensor) else np.array(value)[None], place)
@@ -490,9 +494,9 @@ def _class_names(folder: Path, shown: str) -> tuple[str, ...] | None:
     try:
         names = json.loads(file.read_text())
     except ValueError as error:
-        raise AezooError(f'{path} is no JSON ({error}): write a list of names, ["cat", "dog"]') from None
+        raise AezooError(f'{path} is not valid JSON ({error}): write a list of names, ["cat", "dog"]') from None
     if not isinstance(names, list) or len(names) < 2 or len({str(name) for name in names}) < len(names):
-        raise AezooError(f'{path} is no list of two or more names: write ["cat", "dog"]')
+        raise AezooError(f'{path} is not a list of two or more names: write ["cat", "dog"]')
     return tuple(map(str, names))
 
 
@@ -530,5 +534,5 @@ def _choose_label(fields: Mapping[str, Any], column: str, wanted: str, place: st
         if not found:
             return None
     if not found:
-        raise AezooError(f"{place} has no label {wanted!r}: there are {', '.join(numbers) or 'none'}")
+        raise AezooError(f"{place} has no label {wanted!r}: its labels are {', '.join(numbers) or 'none'}")
     return found[0]

@@ -133,7 +133,7 @@ class SyntheticDictionary(Source):
     def _parts(self, index: Tensor | Sequence[int]) -> list[npt.NDArray[np.int64]]:
         numbers = torch.as_tensor(index).long().numpy()
         if len(numbers) and numbers.min() < 0:
-            raise AezooError(f"samples have numbers from 0 on: {int(numbers.min())} is none")
+            raise AezooError(f"samples are numbered from 0: {int(numbers.min())} is out of range")
         most = max(1, _CHUNK // max(self.number, self._atoms.shape[1]))
         return [numbers[start : start + most] for start in range(0, len(numbers), most)]
 

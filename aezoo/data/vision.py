@@ -144,7 +144,9 @@ class VisionFiles(Source):
 
     def __init__(self, options: Options) -> None:
         if options.scale not in ("auto", "none"):
-            raise AezooError(f"--data.scale {options.scale} needs a set in memory, {options.name} is not: use auto")
+            raise AezooError(
+                f"--data.scale {options.scale} needs a data set in memory, which {options.name} is not: use auto"
+            )
         self.options, self.row = options, VISION_SETS[options.name]
         self.input_shape = resized_shape(self.row.shape, options.size, options.channels)
         self.num_classes = self.row.classes
@@ -281,7 +283,7 @@ def _one_line_errors(files: str, options: Options, folder: Path | None = None) -
 
 def _missing_message(files: str, options: Options, reason: str, folder: Path | None) -> str:
     """Where to put the files of a set that could not be downloaded or read."""
-    tried = "cannot be downloaded" if options.download and options.name not in _NO_DOWNLOAD else "is not there"
+    tried = "cannot be downloaded" if options.download and options.name not in _NO_DOWNLOAD else "was not found"
     return (
         f"{options.name} {tried} ({reason[:250]}): put {files} into {folder or Path(options.root)}, "
         "or name the folder that contains them with --data.root; --data.name mnist5k needs no files"

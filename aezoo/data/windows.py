@@ -31,8 +31,8 @@ class WindowArgs(TypedDict, total=False):
     """Settings of sources of arrays that may be time series."""
 
     window_length: Annotated[int, Argument(
-        0, "Read an array or a table as one time series, a step a row, of which samples are windows of this many "
-        "steps, (columns, steps); 0 takes each row as a sample. Validation and test are the last steps.", 0, 2**24
+        0, "Read an array or a table as one time series with one step per row. Samples are windows of this many "
+        "steps, (columns, steps); 0: each row is a sample. The last steps are for validation and test.", 0, 2**24
     )]  # fmt: skip
     window_step: Annotated[int, Argument(1, "Steps from the beginning of one window to that of the next.", 1, 2**31)]
 
@@ -150,6 +150,7 @@ def label_of_windows(y: Any, length: int, step: int) -> Tensor:
     """
     labels = np.asarray(y)
     if labels.ndim != 1 or labels.dtype.kind not in "biuf":
-        raise AezooError("labels of the steps of a series are 0 and 1, or other numbers, of which a window has the "
-                         "largest: write such numbers, or give --data.label_column none")  # fmt: skip
+        raise AezooError("labels of the steps of a series must be numbers, such as 0 and 1, as the label of a "
+                         "window is the largest of its steps: write such numbers, or give --data.label_column "
+                         "none")  # fmt: skip
     return torch.from_numpy(np.array(windows(labels, length, step)[:, 0].max(1)))

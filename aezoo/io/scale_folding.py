@@ -56,7 +56,7 @@ def fold(model: Folded, scaling: Mapping[str, Tensor] | Tensor | float) -> Folde
         factors = factor_search.search([[single, _ONE] if p.ndim < 2 else [_ONE] for p in weights], single)
     if factors is None:
         raise AezooError(f"{type(model).__name__} cannot fold the scale of its data into its weights: divide "
-                         "activations by it before, and multiply reconstructions after")  # fmt: skip
+                         "activations by the scale first, and multiply reconstructions by it")  # fmt: skip
     folded = copy.deepcopy(model)
     own = [p for p in (*folded.parameters(), *folded.buffers()) if p.is_floating_point()]
     for p, by in zip(own, factors, strict=True):

@@ -58,9 +58,9 @@ def activation(name: str) -> nn.Module:
         AezooError: the name is not in `ACTIVATIONS`.
     """
     if name == "gated":
-        raise AezooError("activation 'gated' is only available with net='mlp': take another, such as relu or silu")
+        raise AezooError("activation 'gated' is only available with net='mlp': use another, such as relu or silu")
     if name not in ACTIVATIONS:
-        raise AezooError(f"unknown activation {name!r}: take one of {', '.join(ACTIVATIONS)}")
+        raise AezooError(f"unknown activation {name!r}: choose from {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]()
 
 
@@ -77,7 +77,7 @@ def initialise(net: nn.Module, weight_init: str) -> None:
         AezooError: the rule is unknown.
     """
     if weight_init not in WEIGHT_INITS:
-        raise AezooError(f"unknown weight_init {weight_init!r}: take one of {', '.join(WEIGHT_INITS)}")
+        raise AezooError(f"unknown weight_init {weight_init!r}: choose from {', '.join(WEIGHT_INITS)}")
     if weight_init == "default":
         return
     for layer in net.modules():
@@ -89,7 +89,7 @@ def initialise(net: nn.Module, weight_init: str) -> None:
 
 def _net(name: str, hidden_dims: tuple[int, ...]) -> ModuleType | SimpleNamespace:
     if name not in NETS and not is_timm(name):
-        raise AezooError(f"unknown net {name!r}: take one of {', '.join(NETS)}, or timm:NAME")
+        raise AezooError(f"unknown net {name!r}: choose from {', '.join(NETS)}, or timm:NAME")
     if any(int(width) != width or width < 1 for width in hidden_dims):
         raise AezooError(f"hidden_dims must be whole numbers above 0, got {tuple(hidden_dims)}")
     return import_module("aezoo.nets.timm").described(name) if is_timm(name) else import_module(f"aezoo.nets.{name}")

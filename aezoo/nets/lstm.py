@@ -68,7 +68,7 @@ def check_shapes(net: str, code_shape: tuple[int, ...], hidden_dims: tuple[int, 
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
     """Raise an error, because a network for sequences has no grid."""
-    raise AezooError("lstm and transformer have no feature map: take net='conv' or net='resnet', or latent_map off")
+    raise AezooError("lstm and transformer have no feature map: use net='conv' or net='resnet', or latent_map off")
 
 
 def sinusoids(n_steps: int, width: int) -> Tensor:

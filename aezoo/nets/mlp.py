@@ -62,4 +62,4 @@ class Decoder(nn.Sequential):
 
 def map_shape(input_shape: tuple[int, ...], hidden_dims: tuple[int, ...], channels: int) -> tuple[int, ...]:
     """Raise an error, because an mlp has no grid."""
-    raise AezooError("an mlp has no feature map: take net='conv' or net='resnet', or leave latent_map off")
+    raise AezooError("an mlp has no feature map: use net='conv' or net='resnet', or leave latent_map off")

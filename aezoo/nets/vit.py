@@ -34,7 +34,7 @@ def patch_sides(input_shape: tuple[int, ...], patch_size: int = 0) -> tuple[int,
     """
     if not 2 <= len(input_shape) <= 4:
         raise AezooError(
-            f"patches need samples (C, L), (C, H, W) or (C, D, H, W), not {tuple(input_shape)}: for a vector take a "
+            f"patches need samples (C, L), (C, H, W) or (C, D, H, W), not {tuple(input_shape)}: for a vector use a "
             f"model with net='mlp', such as dense_ae or denoising_ae, or give it as a sequence, {(1, *input_shape)}"
         )
     if patch_size < 0:
@@ -195,7 +195,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int = 0) -> None:
         super().__init__()
         if heads < 0 or (heads and width % heads):
-            raise AezooError(f"{heads} heads do not divide a token of {width} numbers: take a divisor, or 0")
+            raise AezooError(f"{heads} heads do not divide a token of {width} numbers: use a divisor, or 0")
         self.heads = heads or next(h for h in range(max(1, width // _HEAD_DIM), 0, -1) if width % h == 0)
         # only queries have a bias: the softmax cancels a key bias, and a value bias adds nothing to the bias of `out`
         self.qkv, self.bias_q = nn.Linear(width, 3 * width, bias=False), nn.Parameter(torch.zeros(width))
@@ -295,7 +295,7 @@ def count_masked(n: int, ratio: float) -> int:
         raise AezooError(f"mask_ratio must lie between 0 and 1, got {ratio}")
     masked = math.floor(ratio * n + 1e-9)  # 0.29 * 100 is 28.999999999999996 in floating point
     if masked == 0:
-        raise AezooError(f"mask_ratio {ratio} masks none of {n} patches: take a smaller patch_size or a larger ratio")
+        raise AezooError(f"mask_ratio {ratio} masks none of {n} patches: use a smaller patch_size or a larger ratio")
     return masked
 
 

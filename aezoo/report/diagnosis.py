@@ -130,7 +130,7 @@ def _overfitting(curves: Curves) -> Verdict | None:
     return Verdict(
         "overfitting",
         f"training loss falls, validation loss has risen since epoch {pairs[best][0]}: overfitting; the best "
-        "checkpoint is from before; try more data, --model.weight_decay 1e-4, or a smaller network or code",
+        "checkpoint is from that epoch; try more data, --model.weight_decay 1e-4, or a smaller network or code",
     )
 
 
@@ -157,7 +157,7 @@ def _too_few_steps(curves: Curves, losses: list[float], run: str | None) -> Verd
     return Verdict(
         "too-few-steps",
         f"{curves.steps} step{'s' * (curves.steps > 1)} only: {_continuation(run, limit)}; a smaller "
-        "--data.batch_size makes more steps of an epoch",
+        "--data.batch_size gives more steps per epoch",
     )
 
 
@@ -175,9 +175,9 @@ def _trend(curves: Curves, name: str, epochs: list[int], losses: list[float], ru
         return None
     level = losses[-_window(losses) :]
     if _rises(level):
-        return Verdict("rising", f"{name} rises, training loss does not fall: try a smaller --model.lr")
+        return Verdict("rising", f"{name} rises and training loss does not fall: try a smaller --model.lr")
     n_epochs = epochs[-1] - epochs[-len(level)] + 1
-    return Verdict("level", f"{name} has been level for {n_epochs} epochs: more of the same will hardly help")
+    return Verdict("level", f"{name} has been level for {n_epochs} epochs: more epochs will hardly help")
 
 
 def _worse_than_pca(curves: Curves, settled: bool) -> Verdict | None:
@@ -201,7 +201,7 @@ def _logits(curves: Curves) -> Verdict | None:
     return Verdict(
         "decode-gives-logits",
         f"decode gives values from {low:.3g} to {high:.3g} for data in [0, 1]: logits must become means by "
-        "self.likelihood.mean(logits); for means that may be any number take --model.likelihood gaussian",
+        "self.likelihood.mean(logits); for means that may be any number use --model.likelihood gaussian",
     )
 
 
@@ -221,7 +221,8 @@ def _dead_units(curves: Curves) -> Verdict | None:
         return None
     dead = f"{curves.dead_units} dead unit{'s' * (curves.dead_units > 1)}"
     return Verdict(
-        "dead-units", f"the code has {dead} of {curves.units}: they are the same for every sample, a smaller code does"
+        "dead-units",
+        f"the code has {dead} of {curves.units}: they are the same for every sample; a smaller code is enough",
     )
 
 

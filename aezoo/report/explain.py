@@ -44,7 +44,7 @@ def _gap_sentences(run: Run) -> list[str]:
         return ["No loss of an epoch is a finite number: the training has diverged, or it logged no loss."]
     train, val, epoch = run.at("train/loss", best), run.at("val/loss", best), run.epochs[best]
     if not math.isfinite(val):
-        return ["There are no losses of validation samples, so nothing shows how well the model does on new data."]
+        return ["There are no losses of validation samples, so it is not known how well the model does on new data."]
     if not math.isfinite(train):
         return [f"Validation loss is lowest at epoch {epoch}: {number(val)} nats per sample."]
     first = next(value for value in run.metrics["train/loss"] if math.isfinite(value))
@@ -63,7 +63,8 @@ def _gap_sentences(run: Run) -> list[str]:
         share = difference / gained
         kind = "a small generalisation gap" if share < _SMALL else "a generalisation gap"
         found = (
-            f"{losses}sample: {kind} of {number(difference)}, {share:.1%} of the fall of training loss since epoch 1."
+            f"{losses}sample: {kind} of {number(difference)}, {share:.1%} of the decrease of training loss since "
+            "epoch 1."
         )
     return [found, *_after_best(run, best)]
 

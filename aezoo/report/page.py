@@ -101,7 +101,7 @@ def _run_results(run: Run) -> str:
     if "loss" in run.test:
         tiles.append((_with_unit("test/loss"), number(run.test["loss"]), "of the best weights"))
     cells = "".join(f"<div>{text(a)}<b>{text(b)}</b><span class=light>{text(c)}</span></div>" for a, b, c in tiles)
-    command = f"<p>The command that began it:</p><pre>{text(run.command)}</pre>" if run.command else ""
+    command = f"<p>The command that started it:</p><pre>{text(run.command)}</pre>" if run.command else ""
     names = dict.fromkeys(
         [name.partition("/")[2] for name in run.metrics if name.startswith(("train/", "val/"))] + list(run.test)
     )
@@ -131,13 +131,13 @@ def _comparison(runs: Sequence[Run]) -> str:
     ]  # fmt: skip
     notes = ["Losses and their gap are in nats per sample."]
     if len({run.data for run in runs}) > 1:
-        notes.append("The runs are trained on different data, so their figures do not compare.")
+        notes.append("The runs are trained on different data, so their figures are not comparable.")
     elif len({str(run.settings.get("model.likelihood")) for run in runs}) > 1:
         notes.append(
-            "The models have different likelihoods, so their losses do not compare; mean squared errors (mse) do."
+            "The models have different likelihoods, so their losses are not comparable; mean squared errors (mse) are."
         )
     commands = "\n".join(f"{i}  {text(run.command)}" for i, run in enumerate(runs, 1) if run.command)
-    began = f"<p>The commands that began them:</p><pre>{commands}</pre>" if commands else ""
+    began = f"<p>The commands that started them:</p><pre>{commands}</pre>" if commands else ""
     paragraphs = "".join(f"<p>{note}</p>" for note in notes)
     return f"{_table(header, rows, numbers=range(4, 13))}{paragraphs}{began}"
 
@@ -385,7 +385,7 @@ def _facts(run: Run) -> dict[str, str]:
     elif run.fits:
         found["time of the fit"] = "not known, as it did not end"
     if len(run.fits) > 1:
-        found["starts"] = f"{len(run.fits)}, of which {sum('seconds' in fit for fit in run.fits)} ended in order"
+        found["starts"] = f"{len(run.fits)}, of which {sum('seconds' in fit for fit in run.fits)} were not killed"
     steps = run.curves.steps
     found |= {"optimiser steps": f"{steps:,}"} if steps else {}
     found |= {key.replace("_", " "): _shape(value) for key, value in run.size.items()}
@@ -396,7 +396,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _duration(run: Run) -> float:
-    """Seconds of all starts that ended in order; NaN if none has."""
+    """Seconds of all starts that were not killed; NaN if none has."""
     known = [_finite(fit["seconds"]) for fit in run.fits if "seconds" in fit]
     return sum(known) if known else math.nan
 

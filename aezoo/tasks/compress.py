@@ -160,12 +160,12 @@ def _binarised(samples: SampleSet, model: Autoencoder) -> SampleSet:
 
 def _check(mode: str, qualities: tuple[float, ...], steps: str, precision: int, batch_size: int) -> None:
     if mode not in MODES:
-        raise AezooError(f"mode is {mode!r}: take one of {', '.join(MODES)}")
+        raise AezooError(f"mode is {mode!r}: choose from {', '.join(MODES)}")
     if steps not in lossy.STEPS:
-        raise AezooError(f"steps is {steps!r}: take one of {', '.join(lossy.STEPS)}")
+        raise AezooError(f"steps is {steps!r}: choose from {', '.join(lossy.STEPS)}")
     low, high = QUALITIES
     if not qualities or not all(low <= q <= high for q in qualities) or len(set(qualities)) < len(qualities):
-        raise AezooError(f"quality is {qualities}: give different numbers from {low:g} to {high:g}, as in [1,2,3,4]")
+        raise AezooError(f"quality is {qualities}: give distinct numbers from {low:g} to {high:g}, as in [1,2,3,4]")
     if not 1 <= precision <= 16:
         raise AezooError(f"precision is {precision}: give a number of bits from 1 to 16")
     if not 1 <= batch_size <= MAX_BLOCK:

@@ -99,18 +99,18 @@ def decompress(
         AezooError: as above, one line.
     """
     if kind not in ("auto", *KINDS):
-        raise AezooError(f"kind is {kind!r}: take one of auto, {', '.join(KINDS)}")
+        raise AezooError(f"kind is {kind!r}: choose from auto, {', '.join(KINDS)}")
     tables.constriction_stream()
     reader = Reader(file, max_bytes)
     header = reader.header
     _check_model(model, header, file, strict or header.mode == "lossless")
     kind = header.kind if kind == "auto" else kind
     if kind == "png" and not (len(header.shape) == 3 and header.shape[0] in (1, 3)):
-        raise AezooError(f"samples of shape {header.shape} are not pictures: take kind npy")
+        raise AezooError(f"samples of shape {header.shape} are not pictures: use kind npy")
     if kind == "csv":
         columns = _columns(file, header) or columns or Columns.of_model(model) or Columns((), {}, header.dims)
         if len(header.shape) != 1:
-            raise AezooError(f"samples of shape {header.shape} are not a table: take kind npy")
+            raise AezooError(f"samples of shape {header.shape} are not a table: use kind npy")
     with (
         Store(out, model.data_units) as store,
         reproducibility.deterministic_kernels(threads or header.threads),
@@ -341,13 +341,15 @@ def _outputs(
 
 @contextmanager
 def _one_line_errors(reader: Reader) -> Iterator[None]:
-    """Turn any error into one line: with a correct checksum the file was forged."""
+    """Turn any error into one line: a file with a correct checksum that causes an error was forged."""
     try:
         yield
     except AezooError:
         raise
     except MemoryError as error:
-        raise AezooError(f"{reader.path} needs more memory than there is: free some, or give --out FOLDER") from error
+        raise AezooError(
+            f"{reader.path} needs more memory than is available: free some, or give --out FOLDER"
+        ) from error
     except (ValueError, AssertionError, OverflowError, zlib.error) as error:
         raise AezooError(f"{reader.path} is refused: {' '.join(str(error).split())[:100]}") from error
 

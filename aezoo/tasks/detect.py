@@ -30,7 +30,7 @@ from aezoo.training.data_statistics import DataStatistics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# samples with which it is found whether a model has another criterion
+# samples used to check whether a model has another criterion
 _MAX_DESCRIBED = 8
 
 __all__ = ["Detection", "Detector", "detect", "p_values"]
@@ -50,7 +50,7 @@ class Detection(Result):
         text: the samples behind threshold and p-values.
         shape: shape of one sample.
         anomaly_share: the estimated share of anomalies, with contamination estimated.
-        drift: whether the scores have left those of the reference; None without a reference or held-out samples.
+        drift: whether the scores differ from those of the reference; None without a reference or held-out samples.
         statistics: the calibration, if there were held-out samples: with it as `model.data_statistics`, later calls
             need neither these nor training samples, and `save_model` saves it.
         explainer: explains samples, see `explain`.
@@ -75,7 +75,9 @@ class Detection(Result):
             AezooError: there is no such sample.
         """
         if self.explainer is None:
-            raise AezooError("this Detection has no model to explain with: take that of aezoo.detect")
+            raise AezooError(
+                "this Detection has no model to explain with: use the Detection that aezoo.detect returned"
+            )
         return self.explainer.explain(i)
 
     def about(self) -> str:
@@ -220,7 +222,7 @@ def detect(
     ]
     if rule.needs_held_out and held_out is None and not restored[0]:
         raise AezooError(f"{rule.needs_held_out} needs held-out samples: set --data.val_fraction above 0, in Python "
-                         "give calibrate_on, or take contamination")  # fmt: skip
+                         "give calibrate_on, or use contamination")  # fmt: skip
 
     lines: list[str] = []
     with Store(out) as store:
@@ -442,11 +444,11 @@ def _threshold_report(found: _DetectorResult, train: Reference | None, n_held_ou
         low, high = flagged_interval(n_held_out, rule.contamination)
         calibrated += f" ({100 * low:.2g} to {100 * high:.2g} % of new normal samples exceed it, 95 % interval)"
     lines = [
-        f"{n_flagged} lie above {found.threshold:.4g}, {rule} the scores of {calibrated}; p-values compare with the "
-        "same",
+        f"{n_flagged} lie above {found.threshold:.4g}, {rule} the scores of {calibrated}; p-values refer to the "
+        "same samples",
     ]
     if train is not None and not n_held_out:
-        lines.append("if the model was trained on these, too many new samples are flagged: give calibrate_on")
+        lines.append("if the model was trained on these, too many new samples will be flagged: give calibrate_on")
     return lines
 
 

@@ -295,7 +295,7 @@ class Drift:
 
     def describe(self, reference: str) -> str:
         """The result in words; `reference` names the reference samples."""
-        verdict = "drift: the scores have left those" if self.has_left else "no drift: the scores are like those"
+        verdict = "drift: the scores differ from those" if self.has_left else "no drift: the scores are like those"
         return (
             f"{verdict} of the {self.n_reference:,} {reference} (Kolmogorov-Smirnov p {self.p_value:.2g}, distance "
             f"{self.distance:.2g}; a sample scores above one of these with probability {self.superiority:.2g})"

@@ -78,7 +78,7 @@ class DeepSVDDScorer:
         refused_layer = next((type(m).__name__ for m in model.encoder.modules() if isinstance(m, _REFUSED)), None)
         if refused_layer:
             raise AezooError(f"deep_svdd would map everything to one point by its {refused_layer}: train the model "
-                             "with activation relu, leaky_relu, gelu or silu, or take mahalanobis or nap")  # fmt: skip
+                             "with activation relu, leaky_relu, gelu or silu, or use mahalanobis or nap")  # fmt: skip
         self._model, self._tuning, self._title = model, tuning, title
 
     def max_samples(self, x: Tensor) -> int | None:
@@ -104,7 +104,7 @@ class DeepSVDDScorer:
         with torch.enable_grad():
             if not self.distances(x[:1]).requires_grad:
                 raise AezooError(f"deep_svdd needs codes with a gradient, {display_name(type(self._model))} has none: "
-                                 "take mahalanobis, sap or nap")  # fmt: skip
+                                 "use mahalanobis, sap or nap")  # fmt: skip
         optimizer = torch.optim.Adam(weights, self._tuning.lr, weight_decay=_WEIGHT_DECAY)
         nu, radius2 = self._tuning.nu, x.new_zeros(())
         inside = math.ceil((1 - nu) * len(x))

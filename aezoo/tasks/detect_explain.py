@@ -227,7 +227,7 @@ class Explainer:
             AezooError: there is no such sample.
         """
         if not -len(self._samples) <= i < len(self._samples):
-            raise AezooError(f"there is no sample {i}: take 0 to {len(self._samples) - 1:,}")
+            raise AezooError(f"there is no sample {i}: give a number from 0 to {len(self._samples) - 1:,}")
         (found,) = self.explanations(np.array([i % len(self._samples)]))
         return found
 

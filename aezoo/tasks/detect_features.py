@@ -79,8 +79,8 @@ def resnet_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     from torchvision import models
 
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
-        raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take features random")
-    with cached_weights(name, "take features random") as state:
+        raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: use features random")
+    with cached_weights(name, "use features random") as state:
         with torch.random.fork_rng(devices=[]):  # initial weights are replaced
             net = models.get_model(name, weights=None)
         net.load_state_dict(state)

@@ -50,7 +50,7 @@ class Protocol:
             return None
         known = _classes(samples)
         if known is None:
-            raise AezooError(f"{samples.name} has no labels to say what normal and anomaly mean: drop these, or give "
+            raise AezooError(f"{samples.name} has no labels to say what is normal: drop normal and anomaly, or give "
                              "samples with labels")  # fmt: skip
         classes, labelled = known
         if not (classes[labelled] == str(self.class_name)).any():
@@ -134,11 +134,11 @@ def label_report(
     if unlabelled := len(anomalous) - len(anomaly_labels):
         lines[0] += f"; {unlabelled:,} without a label are left out of AUROC and AUPR"
     if train.n_left_out:
-        lines.append(f"{train.n_left_out:,} anomalies among the training samples are left out here; if the model was "
+        lines.append(f"{train.n_left_out:,} anomalies among the training samples are not used here; if the model was "
                      "trained on them, it has learned them: train with --data.train_classes")  # fmt: skip
     best = max((row for row in rows if row.get("auroc") is not None), key=lambda row: row["auroc"], default=None)
     if best is not None and best["method"] in baselines:
-        lines.append(f"a baseline tells them best: {best['method']}, by AUROC")
+        lines.append(f"a baseline separates them best: {best['method']}, by AUROC")
     return lines
 
 

@@ -94,7 +94,7 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
     kind = display_name(type(model))
     if name in ("sap", "nap", "deep_svdd") and not hasattr(model, "encoder"):
         raise AezooError(f"{name} reads the layers of the encoder, and {kind} sets none: set self.encoder in its "
-                         "constructor, or take nll, mse or mahalanobis")  # fmt: skip
+                         "constructor, or use nll, mse or mahalanobis")  # fmt: skip
     match name:
         case "deviance":
             return FunctionScorer(model.anomaly_score)
@@ -107,7 +107,9 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
         case "iwae":
             log_likelihood = getattr(model, "log_likelihood", None)
             if log_likelihood is None:
-                raise AezooError(f"iwae needs a model with a log_likelihood, as vae, not {kind}: take deviance or nap")
+                raise AezooError(
+                    f"iwae needs a model with a log_likelihood, such as vae, not {kind}: use deviance or nap"
+                )
             return FunctionScorer(lambda x: -log_likelihood(x, n_draws))
         case "mahalanobis":
             return Mahalanobis(lambda x: model.encode(x).flatten(1), "mahalanobis")
@@ -119,7 +121,7 @@ def scorer(model: Autoencoder, name: str, n_draws: int, tuning: SVDDSettings | N
             return CombinedScore(model)
         case "deep_svdd":
             return DeepSVDDScorer(model, tuning or SVDDSettings(), title)
-    raise AezooError(f"unknown score {name!r}: take one of {', '.join(SCORES)}")
+    raise AezooError(f"unknown score {name!r}: choose from {', '.join(SCORES)}")
 
 
 def describe_deviance(model: Autoencoder, x: Tensor) -> str:
@@ -129,8 +131,8 @@ def describe_deviance(model: Autoencoder, x: Tensor) -> str:
         torch.manual_seed(0)  # some models draw a code
         found.append(score(x))
     if torch.equal(*found):
-        return "deviance: here the model's own score, as it is"
-    return f"deviance: the model's score less -log p of a perfect reconstruction ({type(model.likelihood).__name__})"
+        return "deviance: here the model's own score, unchanged"
+    return f"deviance: the model's score minus -log p of a perfect reconstruction ({type(model.likelihood).__name__})"
 
 
 class FunctionScorer:
@@ -268,7 +270,7 @@ def _negative_elbo(model: Autoencoder, n_draws: int, x: Tensor) -> Tensor:
             if "elbo" not in terms:
                 raise AezooError(
                     "elbo needs a model whose loss has an ELBO, such as vae, not "
-                    f"{display_name(type(model))}: take deviance, mahalanobis, sap or nap"
+                    f"{display_name(type(model))}: use deviance, mahalanobis, sap or nap"
                 )
             scores[i] -= terms["elbo"] * n / n_draws
     return scores

@@ -221,7 +221,7 @@ class Detector:
             )
         if not np.isfinite(scores).all():
             max_score = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise AezooError(f"the score {self.score} of sample {max_score} is {scores[max_score]}: take another score")
+            raise AezooError(f"the score {self.score} of sample {max_score} is {scores[max_score]}: use another score")
         return scores
 
     def _title(self, what: str) -> str:
@@ -292,11 +292,11 @@ class Baseline:
             start += len(part)
         n_components = min(_FRE_COMPONENTS, n // 2, d // 2) if self.name == "fre" else self.n_components
         if np.isnan(x).any():
-            self.note = "takes no samples that lack values"
+            self.note = "does not accept samples with missing values"
         elif n < 2:
             self.note = "needs at least 2 training samples"
         elif self.name == "pca" and n_components >= min(n, d):
-            self.note = f"{n_components:,} components lose nothing of {n:,} samples of {d:,} values"
+            self.note = f"{n_components:,} components reconstruct exactly {n:,} samples of {d:,} values"
         else:
             self._function, train_scores = _FITS[self.name](x, n_components, self.seed)
             self.decision_scores_ = np.asarray(train_scores, np.float64)
@@ -308,7 +308,7 @@ class Baseline:
 
         def score(x: Tensor) -> Tensor:
             if x.isnan().any():
-                raise AezooError(f"{self.name} takes no samples that lack values: give --baselines false")
+                raise AezooError(f"{self.name} does not accept samples with missing values: give --baselines false")
             return torch.from_numpy(np.asarray(self._function(self._values(x)), np.float64))
 
         title = f"{self.name}: scores" if self.progress else ""

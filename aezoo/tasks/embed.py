@@ -39,7 +39,7 @@ Array = npt.NDArray[Any]
 Notes = Mapping[str, Sequence[Any]]
 
 _METHODS = ("pca", "tsne", "umap")
-# points of the picture: t-SNE takes minutes beyond, and more hide each other
+# maximum points of the picture: with more, t-SNE takes minutes, and points hide each other
 _MAX_POINTS = 10_000
 # limits of samples for classifiers, and of their raw values: with more pixels they would take minutes
 _MAX_PROBE_SAMPLES = 10_000
@@ -76,7 +76,7 @@ class Embedding(Result):
         n, *shape = self.codes.shape
         lines = [f"{n:,} codes of {' x '.join(map(str, shape))}"]
         if self.distances.size:
-            lines.append(f"distance to the nearest: median {np.median(self.distances[:, 0]):.4g}")
+            lines.append(f"distance to the nearest sample: median {np.median(self.distances[:, 0]):.4g}")
         if self.accuracies:
             lines = [table_text(self.accuracies), *self._verdict(), *lines]
         return "\n".join(lines)
@@ -89,7 +89,7 @@ class Embedding(Result):
             for name in ("probe", "knn")
             if max((row[name] for row in others), default=0.0) > codes[name]
         ]
-        return [f"a baseline tells the classes best: {'; '.join(found)}"] if found else []
+        return [f"a baseline separates the classes best: {'; '.join(found)}"] if found else []
 
 
 @takes_model
@@ -180,7 +180,7 @@ def embed(
 
 def _check(method: str, table: str, nearest: int, n_shown: int, batch_size: int) -> None:
     if method not in _METHODS:
-        raise AezooError(f"method is {method!r}: take pca, tsne or umap")
+        raise AezooError(f"method is {method!r}: use pca, tsne or umap")
     check_table(table, ("npy", "npz", "csv", "parquet"))
     if nearest < 0 or n_shown < 0 or batch_size < 1:
         raise AezooError(

@@ -106,7 +106,7 @@ def project_to_plane(codes: Array, method: str, seed: int) -> Array:
     """
     n, size = codes.shape
     if method != "pca" and n < 4:
-        raise AezooError(f"{method} needs at least 4 samples, got {n}: take method pca")
+        raise AezooError(f"{method} needs at least 4 samples, got {n}: use method pca")
     codes = codes.astype(np.float64)
     if (codes == codes[0]).all():  # one point, once or many times
         return np.zeros((n, 2))

@@ -153,13 +153,13 @@ def _check(subject: Subject, first: Subject) -> None:
     shape = model.input_shape
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise AezooError(f"explore shows grey and colour images, and {label} takes samples of {sizes(shape)}: "
-                         "take aezoo embed or aezoo export")  # fmt: skip
+                         "use aezoo embed or aezoo export")  # fmt: skip
     if shape != first.model.input_shape:
         raise AezooError(f"{label} takes {sizes(shape)} and {first.label} {sizes(first.model.input_shape)}: models "
-                         "beside each other must take one shape, so explore them apart")  # fmt: skip
+                         "on one page must take the same shape, so explore them separately")  # fmt: skip
     if (weights := sum(p.nbytes for p in model.parameters())) > _MOST_WEIGHTS:
         raise AezooError(f"{label} has {weights / 1e6:,.0f} MB of weights, and a browser should load at most "
-                         f"{_MOST_WEIGHTS / 1e6:.0f} MB: take a smaller model")  # fmt: skip
+                         f"{_MOST_WEIGHTS / 1e6:.0f} MB: use a smaller model")  # fmt: skip
     _white(subject)
 
 

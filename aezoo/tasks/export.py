@@ -133,7 +133,7 @@ def export(
     """
     for key, given, known in (("what", what, FUNCTIONS), ("format", format, FORMATS), ("units", units, _UNITS)):
         if given not in known:
-            raise AezooError(f"{key} is {given!r}: take one of {', '.join(known)}")
+            raise AezooError(f"{key} is {given!r}: choose from {', '.join(known)}")
     if quantile is not None and not 0 < quantile < 1:
         raise AezooError(f"quantile is {quantile}: give a number between 0 and 1, such as 0.95")
     if opset is not None and (format != "onnx" or not graphs.OPSETS[0] <= opset <= graphs.OPSETS[1]):
@@ -154,19 +154,19 @@ def export(
     detector = Detector(portable, score, contamination, batch_size=batch_size, seed=seed, progress=progress)
     calibration = _calibrated(detector, what, fit_on, calibrate_on, Protocol(normal, anomaly), quantile)
     if format == "safetensors" and what == "score" and not isinstance(detector.scorer, FunctionScorer):
-        raise AezooError(f"{score} is learned from samples, not from the weights: take format onnx or pt2, or score "
+        raise AezooError(f"{score} is learned from samples, not from the weights: use format onnx or pt2, or score "
                          "deviance")  # fmt: skip
     known_units = model.data_units if units == "data" else None
     # weights have no graph that could scale: their metadata say how it is done
     data_units = None if format == "safetensors" else known_units
     function = Function(portable, what, data_units, detector.scorer, calibration.threshold, calibration.reference)
     samples = calibration.samples or drawn_samples(portable, seed)
-    cures = "take score deviance" if what == "score" and score != "deviance" else None
+    cures = "use score deviance" if what == "score" and score != "deviance" else None
     with evaluation_mode(portable, seed):
         check = Check(function, samples, data_units, batch_size)
         if check.is_random:
-            raise AezooError(f"{name} draws random numbers in {score if what == 'score' else what}, which no file can "
-                             f"repeat: {cures or what_works(portable, what, samples)}")  # fmt: skip
+            raise AezooError(f"{name} draws random numbers in {score if what == 'score' else what}, which a file "
+                             f"cannot reproduce: {cures or what_works(portable, what, samples)}")  # fmt: skip
         metadata = _metadata(model, function, known_units, calibration, class_names, check)
         writers: dict[str, Callable[..., graphs.Run]] = {
             "onnx": partial(graphs.write_onnx, names=(function.input_name, function.output_names), opset=opset),
@@ -181,8 +181,8 @@ def export(
                 difference = check.compare(run)
                 if difference is None:
                     raise AezooError(
-                        f"{name} cannot export {what} as {format}: the file gives other values than the model, off by "
-                        f"{check.worst:.2g} of the largest; {cures or what_works(portable, what, samples)}"
+                        f"{name} cannot export {what} as {format}: the values of the file differ from those of the "
+                        f"model by {check.worst:.2g} of the largest; {cures or what_works(portable, what, samples)}"
                     )
                 # weights in a separate file are written first, so that no graph is ever without them
                 parts = sorted(Path(folder).iterdir(), key=lambda part: part == written)
@@ -196,7 +196,7 @@ def export(
             raise AezooError(f"cannot write {path}: {error.strerror or error}; {CURE}") from error
         except Exception as error:  # exporters raise anything
             if format == "onnx" and graphs.is_exportable(function, check.example):
-                cures = "take format pt2"
+                cures = "use format pt2"
             raise AezooError(f"{name} cannot export {what} as {format} ({_reason(error)}): "
                              f"{cures or what_works(portable, what, samples)}") from error  # fmt: skip
     text = section(path.name, metadata, _check_text(what, check.n, difference))
@@ -234,7 +234,7 @@ def _calibrated(
     held_out, train = normal_samples(calibrate_on, "val"), normal_samples(fit_on, "train")
     known = held_out or train
     if protocol.class_name is not None and known is not None and known.samples.labels is None:
-        raise AezooError(f"{known.samples.name} has no labels to say what normal and anomaly mean: drop these, or give "
+        raise AezooError(f"{known.samples.name} has no labels to say what is normal: drop normal and anomaly, or give "
                          "samples with labels")  # fmt: skip
     if what != "score":
         return _Calibration(None if known is None else known.samples)

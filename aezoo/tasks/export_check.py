@@ -49,7 +49,7 @@ class Check:
         self.example_outputs: tuple[Tensor, ...] = found[0]
         self.is_random = any(not torch.equal(one, two) for one, two in zip(*found, strict=True))
         self.limits = (math.inf, -math.inf)
-        # before the file is written: it may leave the model's weights changed
+        # before the file is written, since the export may change the model's weights
         self._wanted: list[tuple[Tensor | None, tuple[Tensor, ...]]] = []
         for given, wanted in self._batches():
             if len(known := given.double()[given.isfinite()]):

@@ -174,7 +174,7 @@ def generate(
             known = starts if known is None else known
             if known is None or starts is None:
                 raise AezooError(
-                    "walks start from samples: give x (--input FILE or --data.name SET), or take a model with a prior"
+                    "walks start from samples: give x (--input FILE or --data.name SET), or use a model with a prior"
                 )
             if interpolate:
                 walk = generate_walks.interpolation(model, starts, circle, walks, steps, seed)
@@ -244,19 +244,19 @@ def _check(
 ) -> None:
     names = ("auto", "own", *priors.NAMES)
     if prior not in names:
-        raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(names)}")
+        raise AezooError(f"unknown prior {prior!r}: choose from {', '.join(names)}")
     if prior == "own" and not model.has_prior:
         raise AezooError(
-            f"{display_name(type(model))} has no prior of its own: take gmm, maf, gaussian, two_stage or knn"
+            f"{display_name(type(model))} has no prior of its own: use gmm, maf, gaussian, two_stage or knn"
         )
     if prior == "maf":
         priors_principal.flows()
     if circle and not interpolate:
-        raise AezooError("circle is a way to interpolate: ask for interpolate as well")
+        raise AezooError("circle is a way to interpolate: give interpolate, too")
     if circle and not model.has_prior:
         raise AezooError(f"circle suits codes from N(0, I), and {display_name(type(model))} has no prior: leave it out")
     if interpolate + traverse + around > 1:
-        raise AezooError("interpolate, traverse and around exclude each other: ask for one at a time")
+        raise AezooError("interpolate, traverse and around exclude each other: give one at a time")
     if not 0 < spread < math.inf:
         raise AezooError(f"spread must be above 0 and finite, got {spread}")
     if min(n, walks, batch_size) < 1 or steps < 2:
@@ -272,7 +272,7 @@ def _check(
 def _check_label(model: Autoencoder, prior: str, label: int, walk: bool) -> None:
     if "y" not in inspect.signature(model.sample).parameters:
         raise AezooError(
-            f"{display_name(type(model))} draws no samples of a class: leave label out, or take conditional_vae"
+            f"{display_name(type(model))} draws no samples of a class: leave label out, or use conditional_vae"
         )
     if prior not in ("auto", "own") or walk:
         raise AezooError(
@@ -287,7 +287,7 @@ def _check_draws(model: Autoencoder, prior: str, temperature: float, top_k: int,
     if "temperature" not in inspect.signature(model.sample).parameters:
         raise AezooError(
             f"temperature and top_k are for a prior over indices, and {display_name(type(model))} has none: leave them "
-            "out, or take pixelcnn or index_transformer"
+            "out, or use pixelcnn or index_transformer"
         )
     if prior not in ("auto", "own") or walk:
         raise AezooError(

@@ -77,7 +77,7 @@ def traversal(
 ) -> Walks:
     """One dimension of the first sample's code at a time, from the smallest to the largest value in codes of `known`.
 
-    Dimensions are in order of falling variance.
+    Dimensions are in order of decreasing variance.
     """
     codes = _codes(model, known, batch_size, seed)
     variance, low, high = codes.var(0, unbiased=False), codes.amin(0), codes.amax(0)

@@ -151,7 +151,7 @@ def impute(
         raise AezooError(f"hide must be a share from 0 up to, but not including, 1, got {hide}")
     if draws and not model.normal_prior:
         raise AezooError(f"draws need a model with a Gaussian posterior and prior, such as vae, not "
-                         f"{display_name(type(model))}: take draws 0")  # fmt: skip
+                         f"{display_name(type(model))}: use draws 0")  # fmt: skip
     samples = SampleSet.from_data(x, allow_missing=True).in_model_scale(model)
     if mask is not None:
         samples = samples.masked(mask if isinstance(mask, SampleSet) else SampleSet.from_data(mask))
@@ -252,7 +252,7 @@ class Filler:
             mean, found["effective_draws"] = self._expected(torch.where(lacks, torch.nan, filled), filled)
             filled = torch.where(lacks, mean.to(filled), filled)
         if not filled.isfinite().all():
-            raise AezooError(f"the model's values for missing ones are not finite after {self._steps} steps: take "
+            raise AezooError(f"the model's values for missing ones are not finite after {self._steps} steps: use "
                              "fewer --steps, or another model")  # fmt: skip
         return torch.where(missing, filled.float().cpu(), x), found
 

@@ -33,7 +33,7 @@ from aezoo.training.seeding import mix
 if TYPE_CHECKING:
     from aezoo.tasks.samples import SampleSet
 
-CURE = "make room, or choose a folder that can be written with --out"
+CURE = "free disk space, or choose a writable folder with --out"
 # seconds between two checks of the other processes, and for them to end by themselves
 _WAIT, _GRACE = 0.1, 30.0
 

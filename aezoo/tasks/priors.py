@@ -64,7 +64,7 @@ def fit(
         AezooError: an unknown name, fewer than two codes, or codes that are not finite or outside the prior's support.
     """
     if name not in NAMES:
-        raise AezooError(f"unknown prior {name!r}: take one of {', '.join(NAMES)}")
+        raise AezooError(f"unknown prior {name!r}: choose from {', '.join(NAMES)}")
     if len(codes) < 2:
         raise AezooError(f"a prior is fitted to at least 2 codes, got {len(codes)}: give more samples as fit_on")
     if n_components < 1 or n_neighbours < 1:

@@ -36,10 +36,10 @@ class Poincare:
     def __init__(self, codes: Array, n_components: int, seed: int, radius: float) -> None:
         length = np.linalg.norm(codes.astype(np.float64), axis=1)
         if not np.isfinite(radius):
-            raise AezooError("prior poincare is of codes in a ball, such as those of poincare_vae: take gmm or maf")
+            raise AezooError("prior poincare is for codes in a ball, such as those of poincare_vae: use gmm or maf")
         if length.max() >= radius:
             raise AezooError(
-                f"some codes lie outside of the ball of radius {radius:.4g}: prior poincare needs them inside"
+                f"some codes lie outside the ball of radius {radius:.4g}: prior poincare needs codes inside"
             )
         self.ball = Ball(radius**-2)
         # of float32, in which codes are kept: nearer to the boundary they are on it

@@ -47,7 +47,9 @@ class Sphere:
         z_ND = codes.astype(np.float64)
         length_N1 = np.linalg.norm(z_ND, axis=1, keepdims=True)
         if z_ND.shape[1] < 2 or not np.allclose(length_N1, 1, rtol=0, atol=_OFF_SPHERE):
-            raise AezooError("prior sphere is of unit vectors, as hyperspherical_vae has them: take gmm or maf")
+            raise AezooError(
+                "prior sphere is for unit vectors, such as the codes of hyperspherical_vae: use gmm or maf"
+            )
         self.size = z_ND.shape[1]
         self.weights_K, self.means_KD, self.kappas_K = np.zeros(0), np.zeros((0, self.size)), np.zeros(0)
         if n_components:

@@ -83,7 +83,7 @@ class Reconstruction(Result):
         text += "" if self.r2 is None else f", r2 {self.r2:.4g}"
         lacking = int(np.isnan(self.mse).sum()) if self.part_mse else 0
         if 0 < lacking < len(self.mse):
-            text += f"\n{lacking:,} of them lack the evaluated parts, and are left out here"
+            text += f"\n{lacking:,} of them lack the evaluated parts, and are not counted here"
         if self.columns:
             worst = sorted(self.columns, key=lambda row: np.nan_to_num(row["r2"], nan=2.0))[:_MAX_COLUMNS]
             text += "\n" + table_text([row for row in self.columns if row in worst])

@@ -143,7 +143,7 @@ class Store:
                 return np.empty(shape, dtype)
             except (MemoryError, ValueError) as error:
                 raise AezooError(
-                    f"{name} of shape {shape} does not fit in memory: ask for less, or give out"
+                    f"{name} of shape {shape} does not fit in memory: reduce it, or give out, a folder"
                 ) from error
         path, is_empty = self.folder / f"{name}.npy", math.prod(shape) == 0
         if is_empty:  # which cannot be mapped
@@ -164,8 +164,8 @@ class Store:
             temporary.unlink(missing_ok=True)
             size = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
             raise AezooError(
-                f"cannot write {path}, {size:,.1f} GiB: {error.strerror}; make room, ask for less, or choose another "
-                "folder with --out"
+                f"cannot write {path}, {size:,.1f} GiB: {error.strerror}; free disk space, reduce it, or choose "
+                "another folder with --out"
             ) from error
         self._mapped.append(array)
         self._register(path, temporary)
@@ -291,7 +291,7 @@ def spreadsheet_cell(cell: Any) -> Any:
 def check_table(kind: str, kinds: Sequence[str]) -> None:
     """Refuse a format of tables that is unknown or, as parquet may, lacks its package."""
     if kind not in kinds:
-        raise AezooError(f"table is {kind!r}: take {', '.join(kinds[:-1])} or {kinds[-1]}")
+        raise AezooError(f"table is {kind!r}: use {', '.join(kinds[:-1])} or {kinds[-1]}")
     if kind == "parquet" and find_spec("pyarrow") is None:
         raise AezooError(f"writing .parquet needs pyarrow: {install_hint('parquet')}")
 
@@ -368,7 +368,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise AezooError(
-            f"no device {name!r} here: give --device cpu or auto ({str(error).splitlines()[0]})"
+            f"no device {name!r} on this machine: give --device cpu or auto ({str(error).splitlines()[0]})"
         ) from error
     return device
 

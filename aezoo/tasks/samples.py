@@ -149,7 +149,7 @@ class SampleSet:
                 raise AezooError("x has rows of unequal shape: only the sizes of pictures may differ")
             return cls(SeparateSamples(pictures), name="x", num_workers=0)
         if isinstance(x, LightningDataModule):
-            raise AezooError(f"a {type(x).__name__} is not aezoo's: give aezoo.DataModule, an array or a tensor")
+            raise AezooError(f"a {type(x).__name__} cannot be read: give an aezoo.DataModule, an array or a tensor")
         shape = tuple(as_real_array(x, "x").shape)
         if len(shape) < 2 or 0 in shape:
             raise AezooError(f"x has shape {shape}: give samples (N, *shape), one sample as x[None]")
@@ -279,8 +279,9 @@ class SampleSet:
         """
         shape, n = self.shape, len(self)
         if mask.shapes is not None or mask.shape not in (shape, (1, *shape[1:]), shape[1:]) or len(mask) not in (1, n):
-            raise AezooError(f"the mask {mask.name} is {len(mask):,} of shape {mask.shape}, the samples are {n:,} of "
-                             f"shape {shape}: give one mask for each or one for all, of their shape")  # fmt: skip
+            raise AezooError(f"the mask {mask.name} has {len(mask):,} rows of shape {mask.shape}, but there are {n:,} "
+                             f"samples of shape {shape}: give one mask for each sample or one for all, of their "
+                             "shape")  # fmt: skip
         found = copy(self)
         found._mask = mask
         return found
@@ -342,7 +343,7 @@ class SampleSet:
         """
         dataset = self.dataset if isinstance(self.dataset, ArrayDataset) else load_into_memory(self.dataset, self.name)
         x = self._as_float(dataset.x) if self.scaling else dataset.x
-        binarise.check_probabilities(x, self.name, "give such values")
+        binarise.check_probabilities(x, self.name, "give values in this range")
         binary = binarise.binarise_dataset(ArrayDataset(x, dataset.y, dataset.paths), rule, seed)
         return SampleSet(binary, self.levels, None, self.class_names, self.name, columns=self.columns, units=self.units)
 

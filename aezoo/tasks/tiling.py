@@ -53,9 +53,9 @@ def tiled(model: Autoencoder, size: Sequence[int], tile: int = 512, blend: float
         AezooError: the model accepts no other size, or, without blend, its networks need the whole sample.
     """
     if tile < 1:
-        raise AezooError(f"tile takes a number of points above 0, got {tile}")
+        raise AezooError(f"tile must be a number of points above 0, got {tile}")
     if not 0 <= blend <= 0.5:
-        raise AezooError(f"blend takes a share of a tile from 0 to 0.5, such as 0.25, got {blend}")
+        raise AezooError(f"blend must be a share of a tile from 0 to 0.5, such as 0.25, got {blend}")
     sized = sizes.rebuilt(model, (model.input_shape[0], *map(int, size)))
     nets = [getattr(sized, name, None) for name in ("encoder", "decoder")]
     strides = sizes.stride_of(model) if all(isinstance(net, nn.Module) for net in nets) else None
@@ -88,7 +88,7 @@ class Sized:
 
     def __init__(self, model: Autoencoder, tile: int, blend: float = 0.0) -> None:
         if tile < 0:
-            raise AezooError(f"tile takes a number of points, or 0 for none, got {tile}")
+            raise AezooError(f"tile must be a number of points, or 0 for none, got {tile}")
         if blend and not tile:
             raise AezooError("blend applies to tiles: give tile, too, such as 512")
         self.model, self.tile, self.blend = model, tile, blend
@@ -266,7 +266,7 @@ class _Tiled(nn.Module):
                 y = self._apply_part(sized, x)
             depends = y.isnan().movedim(axis + 2, 0).flatten(1).any(1) if y.ndim == x.ndim else y.new_zeros(0)
             if len(depends) != n * self.scale_out[axis] or not depends.any():
-                raise _refusal(model, "its networks do not make a map of places that depend on those below them alone")
+                raise _refusal(model, "its output is not a map whose places correspond to those of its input")
             seen = depends.nonzero()[:, 0] // self.scale_out[axis]
             first, last = int(seen.min()), int(seen.max())
             if first > 0 and last < n - 1:
@@ -282,8 +282,8 @@ class _Tiled(nn.Module):
 def _check_places(sized: Autoencoder, strides: Sequence[int]) -> None:
     if sized.code_shape[1:] != sizes.code_grid(sized.input_shape[1:], strides):
         sides = "x".join(map(str, sized.input_shape[1:]))
-        raise _refusal(sized, f"it pads samples, such as tiles or whole ones of {sides}")
+        raise _refusal(sized, f"it pads samples of {sides}")
 
 
 def _refusal(model: Autoencoder, reason: str) -> AezooError:
-    return AezooError(f"{display_name(type(model))} cannot work in tiles, since {reason}")
+    return AezooError(f"{display_name(type(model))} cannot process tiles: {reason}")

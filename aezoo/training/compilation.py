@@ -148,7 +148,7 @@ def consistent_compilation() -> Iterator[None]:
 def announce(mode: str, chosen: bool, steps_differ: bool = False) -> None:
     """Log whether the step is compiled, and why."""
     if steps_differ and mode != "off":
-        rank_zero_info("training step: not compiled, because its computation differs from step to step")
+        rank_zero_info("training step: not compiled, because the computation differs from step to step")
     elif mode == "auto":
         reason = "the run is long enough" if chosen else "a short run, or convolutions on a CPU"
         what = f"is {'' if chosen else 'not '}compiled ({reason})"

@@ -65,7 +65,7 @@ def advice(model: ModelInterface, batch_size: int, device: torch.device) -> str 
     parameters = sum(p.numel() for p in model.parameters())
     try:
         seconds = seconds_per_step(model, batch_size, device)
-    except Exception:  # a model that the first step will refuse with its error
+    except Exception:  # the first step will report the model's error
         seconds = 0.0
     costs = [f"{parameters:,} parameters"] if parameters > MANY_PARAMETERS else []
     if seconds > LONG_STEP:

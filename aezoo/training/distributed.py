@@ -59,7 +59,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 def unsupported_strategy(name: str) -> str:
     """The message for a strategy that is not supported."""
-    return f"strategy {name} is not supported: take auto or ddp, with which each process holds the whole model"
+    return f"strategy {name} is not supported: use auto or ddp, with which each process has the whole model"
 
 
 def connect(trainer: Trainer) -> None:
@@ -215,7 +215,7 @@ def terminate_other_ranks(trainer: Trainer, error: BaseException) -> str | None:
     if not is_lost or notes:
         return notes[0] if is_lost else None
     reason = " ".join(str(error).split())[:200]
-    return f"rank {rank} has lost another process, which has ended or does not respond ({reason})"
+    return f"rank {rank} lost the connection to another process, which has ended or does not respond ({reason})"
 
 
 def _note(trainer: Trainer, rank: int, launcher: int) -> Path:

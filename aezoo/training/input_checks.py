@@ -56,7 +56,7 @@ def warn_unused_parts(batch: Any) -> None:
     if isinstance(batch, list | tuple) and len(batch) > 2:
         rank_zero_warn(
             f"a batch has {len(batch)} parts: the first is read as x, the second as y, the others are "
-            "ignored. For weights or masks in the loss, write a model of your own"
+            "ignored. For weights or masks in the loss, write your own model"
         )
 
 
@@ -76,7 +76,7 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
         raise AezooError(f"the model expects float data, got {x.dtype}: scale it first, for images x.float() / 255")
     if _too_wide(model, x):
         raise AezooError(
-            "the data are float64, the model's weights float32: give x.float(), or train all in float64 with "
+            "the data are float64, but the model's weights are float32: give x.float(), or train all in float64 with "
             "Trainer(precision='64-true')"
         )
     if bool((bad := model.invalid_mask(x)).any()):
@@ -85,7 +85,7 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
                 f"sample {int(bad.nonzero()[0])} of the batch contains infinite values, or NaN in some values of a "
                 "part or in all parts: clean it; a part is missing where all its values are NaN"
             )
-        hint = ", or take a model of samples that lack whole parts, such as mvae; aezoo impute fills missing values"
+        hint = ", or use a model of samples that lack whole parts, such as mvae; aezoo impute fills missing values"
         hint = hint if x.isnan().any() else ""
         raise AezooError(f"the data contain NaN or infinite values: clean them first{hint}")
     known = x.nan_to_num(0.5)  # replaces missing values
@@ -94,7 +94,7 @@ def check_batch(model: "ModelInterface", x: Tensor) -> None:
     if model.likelihood.unit_interval and not (low >= -slack and high <= 1 + slack):
         raise AezooError(
             f"this likelihood needs data in [0, 1], got values from {low:.4g} to {high:.4g}: "
-            "scale the data, or take likelihood='gaussian'"
+            "scale the data, or use likelihood='gaussian'"
         )
 
 
@@ -242,7 +242,7 @@ def _check(model: "ModelInterface", name: str, x: Any, shape: str, failed: Excep
         raise AezooError(f"{name} expects float data, got {x.dtype}: for images x.float() / 255") from failed
     if _too_wide(model, x):
         raise AezooError(
-            f"{name} expects float32 like the model's weights, got float64: give x.float(), or take model.double()"
+            f"{name} expects float32 like the model's weights, got float64: give x.float(), or use model.double()"
         ) from failed
     if failed is None:  # finding a weight takes as long as a small layer
         return
@@ -250,7 +250,7 @@ def _check(model: "ModelInterface", name: str, x: Any, shape: str, failed: Excep
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise AezooError(
             f"{name} expects {weight.dtype} like the model's weights, got {x.dtype}: give x.to({weight.dtype}), or "
-            "take model.float()"
+            "use model.float()"
         ) from failed
 
 

@@ -41,8 +41,8 @@ class Optimization(TrainingSteps):
             return optimizer
         if trainer is None:
             raise AezooError(
-                "lr_schedule and warmup_steps need a Trainer, which knows the last step: in a loop of your own leave "
-                "them out, and take one of torch.optim.lr_scheduler"
+                "lr_schedule and warmup_steps need a Trainer, which knows the last step: in your own loop, leave "
+                "them out, and use one of torch.optim.lr_scheduler"
             )
         schedule = optimizers.schedule(optimizer, self.lr_schedule, self.warmup_steps, trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}

@@ -67,7 +67,7 @@ def _read_optimizer(text: str) -> tuple[str, dict[str, float]]:
     """Name and settings of adam, adam:eps=1e-4, adam:beta1=0.5,beta2=0.9, ..."""
     name, colon, rest = text.partition(":")
     if name not in OPTIMIZERS:
-        raise AezooError(f"unknown optimizer {text!r}: take one of {', '.join(OPTIMIZERS)}")
+        raise AezooError(f"unknown optimizer {text!r}: choose from {', '.join(OPTIMIZERS)}")
     usual = _default_arguments(name)
     possible = [key for key, of in (("eps", "eps"), ("beta1", "betas"), ("beta2", "betas")) if of in usual]
     settings: dict[str, float] = {}
@@ -104,7 +104,7 @@ def _falloff(text: str) -> Callable[[float], float]:
         return SCHEDULES[text]
     name, _, rest = text.partition(":")
     if name != "multistep":
-        raise AezooError(f"unknown lr_schedule {text!r}: take one of {', '.join(SCHEDULES)}, multistep:FACTOR@P,P")
+        raise AezooError(f"unknown lr_schedule {text!r}: choose from {', '.join(SCHEDULES)}, multistep:FACTOR@P,P")
     try:
         factor, places = float(rest.partition("@")[0]), [float(place) for place in rest.partition("@")[2].split(",")]
     except ValueError:
@@ -168,7 +168,7 @@ def schedule(optimizer: torch.optim.Optimizer, name: str, warmup_steps: int, tra
         AezooError: the schedule needs a last step, but the trainer has none.
     """
     if name != "constant" and trainer.max_epochs == -1 and trainer.max_steps == -1:
-        raise AezooError(f"lr_schedule={name!r} needs an end: set --trainer.max_epochs or --trainer.max_steps")
+        raise AezooError(f"lr_schedule={name!r} needs a last step: set --trainer.max_epochs or --trainer.max_steps")
 
     falloff = _falloff(name)
 
@@ -198,7 +198,7 @@ def check_restored(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any], 
     if wrong is not None:
         raise AezooError(
             f"{source} cannot be restored: {wrong} in the state of its optimizer has another type or shape than it "
-            "should; take another checkpoint of its run, or train from scratch with --resume off"
+            "should; use another checkpoint of its run, or train from scratch with --resume off"
         )
 
 
@@ -280,7 +280,7 @@ def total_steps(trainer: "Trainer") -> int:
         return trainer.max_steps
     if math.isinf(trainer.num_training_batches):
         if trainer.max_steps == -1:
-            raise AezooError("lr_schedule needs an end and this loader has no length: set --trainer.max_steps")
+            raise AezooError("lr_schedule needs a last step, but this loader has no length: set --trainer.max_steps")
         return trainer.max_steps
     steps = sum(n * math.ceil(trainer.num_training_batches / batches) for n, batches in _accumulation(trainer))
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "AEZOO_SPEED"
 SETTINGS = ("auto", "off")
-HELP = "auto, or off: disable all optimisations of speed, with the same results."
+HELP = "auto, or off: disable all speed optimisations, with the same results."
 
 
 def _call(name: str, *arguments: Any) -> Any:

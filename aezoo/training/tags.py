@@ -162,7 +162,7 @@ def _tag(name: str, entry: dict[str, Any], home: Path, owner: str) -> Tag:
     if any(part in ("", ".", "..") for file in (source.removeprefix(HUB), *sha256) for part in file.split("/")):
         raise ValueError(f"{name} names files outside of its folder")
     if source.startswith(HUB) and not revision:
-        raise ValueError(f"{name} names no revision, and repositories on a hub change")
+        raise ValueError(f"{name} names no revision, but repositories on a hub can change")
     if not isinstance(given.get("data"), dict) or not isinstance(given["data"].get("name"), str):
         raise ValueError(f"{name} does not name its data")
     if not isinstance(given.get("license"), str) or not isinstance(given.get("bytes", 0), int):

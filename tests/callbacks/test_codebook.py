@@ -351,7 +351,7 @@ def test_codebook_too_large_to_count_warns_once(fit, tmp_path, monkeypatch):
     monkeypatch.setattr("aezoo.callbacks.codebook.rank_zero_info", said.append)
     fit(Indexed(sizes=(2**40,)), Codebook(every_n_epochs=1), max_epochs=2)
     assert said == [
-        "Codebook does not count codes: CodebookUsage counts codebooks of one code or more, 16777216 codes together "
+        "Codebook counts no codes: CodebookUsage counts codebooks of one code or more, 16777216 codes together "
         "at most, got (1099511627776,): of larger codebooks count the digits of an index"
     ]
     assert pictures(tmp_path) == {"codebook_indices"}

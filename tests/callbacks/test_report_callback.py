@@ -78,7 +78,7 @@ def test_continued_run_keeps_its_earlier_starts(fit, folder):
     last = saver.last_model_path
     fit(Fake((4,)), LearningCurves(), Report(), Checkpoints(), enable_checkpointing=True, ckpt_path=last, max_epochs=3)
     assert [start["epochs"] for start in record(folder)["fits"]] == [2, 1]
-    assert "2, of which 2 ended in order" in (folder / "report.html").read_text("utf-8")
+    assert "2, of which 2 were not killed" in (folder / "report.html").read_text("utf-8")
     # a new run in the same folder is counted separately
     fit(Fake((4,)), Report())
     assert len(record(folder)["fits"]) == 1

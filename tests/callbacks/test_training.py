@@ -97,7 +97,7 @@ def test_beta_is_restored_after_an_error(fit):
 
 def test_annealing_needs_a_model_with_the_attribute(fit):
     with pytest.raises(
-        AezooError, match="BetaAnnealing in linear mode needs a model with a number `beta`, Fake has none"
+        AezooError, match="BetaAnnealing in linear mode needs a model with a number `beta`, which Fake does not have"
     ):
         fit(Fake((4,)), BetaAnnealing(n_steps=5))
     fit(Fake((4,)), BetaAnnealing())  # disabled
@@ -277,7 +277,7 @@ def test_averages_that_shorten_directions_are_refused(fit, average, monkeypatch)
     callbacks = made.get(average, [])
     for each in (model, free) if average is ScheduleFree else ():
         monkeypatch.setattr(each, "configure_optimizers", lambda each=each: ScheduleFree(each.parameters(), 0.1))
-    with pytest.raises(AezooError, match=r"averages directions of norm 1 .* take aezoo.callbacks.EMA"):
+    with pytest.raises(AezooError, match=r"averages directions of norm 1 .* use aezoo.callbacks.EMA"):
         fit(model, *callbacks, max_epochs=1)
     fit(free, *callbacks, max_epochs=1)
 
@@ -621,7 +621,7 @@ def test_disabled_callbacks_are_detected():
 @pytest.mark.parametrize("name", ["EarlyStop", "Checkpoints"])
 def test_mistyped_monitor_is_reported_within_an_epoch(fit, name):
     callback = getattr(zoo, name)
-    said = f"{name}.monitor is val/los, which is not logged so far: is val/loss meant?"
+    said = f"{name}.monitor is val/los, which is not logged so far: did you mean val/loss?"
     with pytest.warns(UserWarning, match=re.escape(said)), pytest.raises(Exception, match=r"`val/loss`|'val/loss'"):
         fit(FakeVAE((4,)), callback(monitor="val/los"), enable_checkpointing=True)
     # metrics that are logged only at the end of validation or training

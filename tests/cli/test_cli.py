@@ -202,18 +202,18 @@ def test_resume_and_allow_are_refused_in_config_files(flag, capsys):
 
 @pytest.mark.slow
 def test_stray_arguments_and_unknown_classes_are_refused(capsys):
-    assert "'vae' belongs to no flag: a model is --model vae, a recipe or a file is -c vae" in refused(
+    assert "'vae' does not belong to a flag: a model is --model vae, a recipe or a file is -c vae" in refused(
         capsys, "fit", "vae"
     )
     line = refused(capsys, "reconstruct", "runs/vae/0")
-    assert line.endswith("no flag: a run is --ckpt_path runs/vae/0, what to work on is --input runs/vae/0")
+    assert line.endswith("to a flag: a run is --ckpt_path runs/vae/0, what to work on is --input runs/vae/0")
     for after in ([], ["--data=digits"]):
         line = refused(capsys, "fit", "--model=vae", "--model.latent_dim", *after)
         assert line == "aezoo: --model.latent_dim needs a value"
     line = refused(capsys, "fit", "--model=vae", "--trainer.callbacks+=Foo")
     assert "trainer.callbacks: no class is named Foo" in line and "--trainer.callbacks.help" in line
     for name in ("input_shape", "num_classes"):
-        assert f"--model.{name} follows from the data" in refused(capsys, "fit", "--model=vae", f"--model.{name}=3")
+        assert f"--model.{name} is determined by the data" in refused(capsys, "fit", "--model=vae", f"--model.{name}=3")
     assert "did you mean --resume?" in refused(capsys, "fit", "--model=vae", "--resme=auto")
 
 
@@ -337,7 +337,7 @@ def test_saved_model_is_refused_where_checkpoint_is_needed(capsys, command):
         (["fit", "--model", "vea"], "did you mean 'vae'"),
         (["fit", "--model"], "--model needs a value"),
         (["fit", "-c", "veu"], "did you mean 'vae'"),
-        (["fit", "-c", "http://example.org/x.yaml"], "from disk only"),
+        (["fit", "-c", "http://example.org/x.yaml"], "can only be read from disk"),
         (["fit", "--model", "vae", "--data.nme", "digits"], "did you mean --data.name"),
         (["fit", "--model", "vae", "--trainer.max_epoch", "1"], "did you mean --trainer.max_epochs"),
         (["fit", "--model", "vae", "--model.latent_dmi", "1"], "did you mean --model.latent_dim"),
@@ -755,7 +755,7 @@ def test_too_many_cpu_processes_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(_MultiProcessingLauncher, "launch", None)
     monkeypatch.setattr(trainer_settings, "available_cores", lambda: 2)
     flags = ["fit", *QUICK, "--model=vae", "--trainer.accelerator=cpu", "--trainer.strategy=ddp_fork"]
-    assert "has 2 core(s) here: give at most 8" in refused(capsys, *flags, "--trainer.devices=1000")
+    assert "has 2 core(s): give at most 8" in refused(capsys, *flags, "--trainer.devices=1000")
     assert not Path("runs").exists()
     # cluster launchers count cores differently
     monkeypatch.setattr(trainer_settings, "available_cores", lambda: 0)
@@ -769,7 +769,7 @@ def test_missing_gpu_is_reported_with_remedy(capsys, monkeypatch, built):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
     line = refused(capsys, "fit", *QUICK, "--model=vae", "--trainer.accelerator=gpu")
-    assert "give --trainer.accelerator cpu or auto" in line and ("install a torch for GPUs" in line) is not built
+    assert "give --trainer.accelerator cpu or auto" in line and ("install torch with GPU support" in line) is not built
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_table_labels_may_be_any_integers_but_not_nan(capsys):
 def test_checkpoint_of_different_input_shape_is_refused(capsys):
     main(FIT)
     line = refused(capsys, "test", "--ckpt_path=runs/vae-digits/0", "--data.name=mnist5k")
-    assert "trained on samples of shape 1x8x8, these data give 1x28x28" in line
+    assert "trained on samples of shape 1x8x8, but these data give 1x28x28" in line
 
 
 # ---- files of another version, packages that are missing -------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_missing_tensorboard_names_alternatives(capsys, monkeypatch):
 
     monkeypatch.setattr(module, "_TENSORBOARD_AVAILABLE", False)
     monkeypatch.setattr(module, "_TENSORBOARDX_AVAILABLE", False)
-    assert "pip install tensorboard, or take --logger csv or none" in refused(capsys, *FIT)
+    assert "pip install tensorboard, or use --logger csv or none" in refused(capsys, *FIT)
 
 
 def test_first_run_mentions_free_tensorboard_port():

@@ -137,8 +137,8 @@ def test_postgresql_workers_share_study_and_replace_killed_one(port, fake):
     [
         ((postgres.QUOTED, "w%40rong"), "password authentication failed for user"),
         (("/none", "/missing"), 'database "missing" does not exist; create the database first'),
-        (("PORT", "1"), "; check that the server runs and can be reached from here"),
-        (("127.0.0.1", "none.invalid"), "; check that the server runs and can be reached from here"),
+        (("PORT", "1"), "; check that the server runs and can be reached from this machine"),
+        (("127.0.0.1", "none.invalid"), "; check that the server runs and can be reached from this machine"),
     ],
 )
 def test_database_error_is_one_line_without_password(port, capsys, fake, change, words):
@@ -192,10 +192,10 @@ def test_passwords_in_addresses_are_hidden(text, hidden):
 @pytest.mark.parametrize(
     ("storage", "words"),
     [
-        ("postgresql://me:se/cret@host/sweeps", "write special characters of its password in percent code"),
-        ("postgresql://me:se@cret@host/sweeps", "write special characters of its password in percent code"),
-        ("postgresql://me:se#cret@host/sweeps", "write special characters of its password in percent code"),
-        ("postgresql://me:se cret@host/sweeps", "write special characters of its password in percent code"),
+        ("postgresql://me:se/cret@host/sweeps", "percent-encode special characters of its password"),
+        ("postgresql://me:se@cret@host/sweeps", "percent-encode special characters of its password"),
+        ("postgresql://me:se#cret@host/sweeps", "percent-encode special characters of its password"),
+        ("postgresql://me:se cret@host/sweeps", "percent-encode special characters of its password"),
         ("postgresql://me:secret@host:port/sweeps", "this address cannot be read"),
         ("postgresql://me:secret@host", "postgresql://me:***@host: the database is missing"),
         ("postgresql:///sweeps", "the host is missing"),
@@ -416,7 +416,7 @@ def test_worker_drops_trial_that_another_has_taken_up(fake, capsys):
     thread.start()
     main(command)
     thread.join()
-    assert "trial 0 was taken up by another worker" in capsys.readouterr().out
+    assert "trial 0 was taken over by another worker" in capsys.readouterr().out
     assert [row["state"] for row in rows("one")] == ["lost", "complete"]
 
 

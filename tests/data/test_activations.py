@@ -265,7 +265,7 @@ def test_saved_zoo_model_provides_layers(tmp_path):
     x, _ = DataModule("digits").tensors("test")
     with torch.no_grad():
         assert torch.allclose(data.tensors("test")[0], model.encoder(x), atol=1e-6)
-    with pytest.raises(AezooError, match="brings its weights"):
+    with pytest.raises(AezooError, match="has weights of its own"):
         activations("encoder", network=str(tmp_path / "ae"), weights="random")
     with pytest.raises(AezooError, match="samples of 8x8"):
         activations("encoder", network=str(tmp_path / "ae"), of="mnist5k")
@@ -309,23 +309,23 @@ def test_random_weights_warn_and_are_seeded():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"layer": "firsst"}, r"no layer 'firsst' .*there are 6, such as first"),
+        ({"layer": "firsst"}, r"no layer 'firsst' .*it has 6, such as first"),
         ({"layer": ""}, r"no layer '' .*such as first, act"),
-        ({"layer": "idle"}, "layer idle gives no tensor, or is not used"),
-        ({"layer": "first,flat"}, r"as many positions and features each, not first 36 x 6, flat 1 x 5"),
+        ({"layer": "idle"}, "layer idle returns no tensor, or is not used"),
+        ({"layer": "first,flat"}, r"number of positions and of features, got first 36 x 6, flat 1 x 5"),
         ({"layer": "flat", "of": "activations"}, "no samples of its own"),
         ({"layer": "flat", "of": "digitss"}, "did you mean 'digits'"),
-        ({"layer": "flat", "of": "mnist5k"}, r"does not take samples of shape \(1, 28, 28\)"),
-        ({"layer": "2", "network": "own_nets.made"}, r"gives \(\) for 1 samples"),
+        ({"layer": "flat", "of": "mnist5k"}, r"does not accept samples of shape \(1, 28, 28\)"),
+        ({"layer": "2", "network": "own_nets.made"}, r"returns \(\) for 1 samples"),
         ({"layer": "flat", "network": "own_nets.Nett"}, r"no attribute 'Nett', did you mean 'Net'"),
-        ({"layer": "flat", "network": "own_nets.wrong"}, "gives a int and no torch.nn.Module"),
+        ({"layer": "flat", "network": "own_nets.wrong"}, "returns a int, not a torch.nn.Module"),
         ({"layer": "flat", "network": "own_nets.needs"}, "without arguments .*give a function"),
         ({"layer": "flat", "network": "own_netz.Net"}, "not imported.*add --allow own_netz"),
         ({"layer": "flat", "network": "own_nets.run"}, "never posix"),
         ({"layer": "flat", "network": "os.system"}, "add --allow os"),
-        ({"layer": "flat", "network": "aezoo.registry.import_plugins"}, "no function of yours"),
+        ({"layer": "flat", "network": "aezoo.registry.import_plugins"}, "nor a function of yours"),
         ({"layer": "flat", "network": "torch.optim.Adam"}, r"an import path .*torch.nn.modules.module.Module\]$"),
-        ({"layer": "flat", "network": "own_nets.ready", "weights": "random"}, "brings its weights"),
+        ({"layer": "flat", "network": "own_nets.ready", "weights": "random"}, "has weights of its own"),
         ({"layer": "flat", "network": "resnet81"}, "did you mean 'resnet18'"),
         ({"layer": "flat", "network": "clasifier"}, "did you mean 'classifier'"),
         ({"layer": "flat", "positions": "all"}, "choose from each, mean, max"),

@@ -187,13 +187,13 @@ def test_long_integer_labels_stay_distinct(tmp_path):
     (tmp_path / "d.csv").write_text("a,label\n1,inf\n2,3\n")
     with pytest.raises(AezooError, match="the labels contain NaN or infinity"):
         DataModule(str(tmp_path / "d.csv"))
-    with pytest.raises(AezooError, match=r"^a label is 1e\+300: give integers or texts$"):
+    with pytest.raises(AezooError, match=r"^a label is 1e\+300: give integers or strings$"):
         DataModule.from_arrays(vectors(), np.array([1e300, 1.0] * 20))
 
 
 def test_decimal_comma_is_reported(tmp_path):
     (tmp_path / "d.csv").write_text("a;b\n1,5;2\n")
-    with pytest.raises(AezooError, match="a: '1,5' is no number: write a point for its comma"):
+    with pytest.raises(AezooError, match="a: '1,5' is not a number: write a decimal point instead of the comma"):
         read_arrays(tmp_path / "d.csv")
 
 
@@ -540,7 +540,7 @@ def broken_files(folder):
     yield "pickle.npy", "pickle"
     with zipfile.ZipFile(folder / "zip.npy", "w") as file:
         file.writestr("a", "b")
-    yield "zip.npy", "is a zip archive and no .npy"
+    yield "zip.npy", "is a zip archive, not a .npy file"
     np.savez(folder / "objects.npz", x=np.array([Canary()], dtype=object))
     yield "objects.npz", "pickle"
     torch.save(Canary(), folder / "canary.pt")
@@ -561,15 +561,15 @@ def broken_files(folder):
     (folder / "empty.csv").write_text("")
     yield "empty.csv", "is empty"
     (folder / "header.csv").write_text("a,b\n")
-    yield "header.csv", "a header only"
+    yield "header.csv", "only a header"
     (folder / "text.csv").write_text("a,b\n1,2\n3,x\n")
     yield (
         "text.csv",
-        "row 1, column 2 of the features, b: 'x' is no number: encode or drop the column, or say by",
+        "row 1, column 2 of the features, b: 'x' is not a number: encode or drop the column, or say by",
     )
     (folder / "gap.csv").write_text("a,b\n1,2\n3,N/A\n")
     gap = "leave it empty for aezoo impute, or fill it, or say by --data.label_column"
-    yield "gap.csv", f"row 1, column 2 of the features, b: 'N/A' is no number: {gap}"
+    yield "gap.csv", f"row 1, column 2 of the features, b: 'N/A' is not a number: {gap}"
     (folder / "hole.csv").write_text("1,,3\n4,5,6\n")
     yield "hole.csv", "x has NaN or infinity in 1 of 2 rows, the first is row 0: fill or remove them"
     (folder / "index.csv").write_text(",0,1\n0,4.5,5.5\n")

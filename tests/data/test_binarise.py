@@ -113,5 +113,5 @@ def test_binarized_mnist_files_are_read_as_they_are(tmp_path):
     (tmp_path / "binarized_mnist_test.amat").write_text("0 1 2\n")
     with pytest.raises(AezooError, match="784 zeros and ones"):
         DataModule("binarized_mnist", root=str(tmp_path)).setup()
-    with pytest.raises(AezooError, match="fetch the three files"):
+    with pytest.raises(AezooError, match="download the three files"):
         DataModule("binarized_mnist", root=str(tmp_path / "none")).setup()

@@ -58,14 +58,14 @@ def test_small_val_split_may_miss_one_class_but_not_all():
     x, y = RNG.random((30, 4)), np.repeat([0, 1, 2], 10)
     splits = {"x_val": x[:4], "y_val": y[:4], "x_test": x, "y_test": y}
     assert labels(DataModule.from_arrays(x, y, train_classes=[0, 1], **splits), "val") == {0}
-    with pytest.raises(AezooError, match=r"no val sample of array is of class '1' .* there are 0"):
+    with pytest.raises(AezooError, match=r"no val sample of array is of class '1' .* choose from 0"):
         DataModule.from_arrays(x, y, train_classes=[1], **splits).setup()
 
 
 @pytest.mark.parametrize(
     ("classes", "match"),
     [
-        ([0, 12], r"class '12' .* there are 0, 1, 2"),
+        ([0, 12], r"class '12' .* choose from 0, 1, 2"),
         (["0 "], "class '0 '"),
         ([], "is empty: give classes"),
         ([True], "takes a list"),

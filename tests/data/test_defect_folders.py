@@ -108,9 +108,9 @@ def test_missing_files_are_named(tmp_path):
     refused("give one class, such as --data.root .*bottle", tmp_path, "mvtec")
     refused("no .*1cls.csv", root, "visa")
     (root / "ground_truth/dent/001_mask.png").unlink()
-    refused("001_mask.png is missing: fetch the set again", root, "mvtec")
+    refused("001_mask.png is missing: download the set again", root, "mvtec")
     (root / "train/dent").mkdir()
-    refused("contains dent beside good", root, "mvtec")
+    refused("contains dent besides good", root, "mvtec")
 
 
 def test_damaged_split_of_visa_is_refused(tmp_path):
@@ -134,7 +134,7 @@ def test_damaged_split_of_visa_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"not a picture", "is no readable image"),
+        (b"not a picture", "is not a readable image"),
         (mask((12, 11)), "is 12x11, its picture 12x12"),
         (np.zeros((12, 12), np.uint8), "marks no pixel"),
     ],

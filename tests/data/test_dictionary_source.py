@@ -177,7 +177,7 @@ def test_invalid_settings_are_refused_in_one_line(given, message):
 
 
 def test_negative_index_is_refused():
-    with pytest.raises(AezooError, match="-1 is none"):
+    with pytest.raises(AezooError, match="-1 is out of range"):
         dictionary().source.samples([3, -1])
 
 

@@ -198,7 +198,7 @@ def test_multi_image_file_reads_first_with_warning(tmp_path, suffix):
         first, *others = (Image.fromarray(np.full((8, 8), 40 * i + 9 * j, np.uint8)) for j in range(3))
         first.save(tmp_path / f"{i}.{suffix}", save_all=True, append_images=others)
     data = DataModule("folder", root=str(tmp_path), channels=1)
-    with pytest.warns(UserWarning, match="5 files contain several images, and the first alone is read"):
+    with pytest.warns(UserWarning, match="5 files contain several images, and only the first is read"):
         data.setup()
 
 
@@ -256,11 +256,11 @@ def broken(root):
     save(good / "a.jpg", (64, 64, 3))
     save(good / "a.png", (64, 64, 3))
     for name, data, message in (
-        ("cut.jpg", (good / "a.jpg").read_bytes()[:-900], "cut.jpg is no readable image"),
-        ("cut.png", (good / "a.png").read_bytes()[:-5000], "cut.png is no readable image"),
-        ("empty.png", b"", "empty.png is no readable image (0 bytes, empty)"),
+        ("cut.jpg", (good / "a.jpg").read_bytes()[:-900], "cut.jpg is not a readable image"),
+        ("cut.png", (good / "a.png").read_bytes()[:-5000], "cut.png is not a readable image"),
+        ("empty.png", b"", "empty.png is not a readable image (0 bytes, empty)"),
         ("page.png", b"\n<html>not found</html>", "looks like HTML: a failed download?"),
-        ("noise.jpg", b"noise" * 30, "noise.jpg is no readable image (150 bytes)"),
+        ("noise.jpg", b"noise" * 30, "noise.jpg is not a readable image (150 bytes)"),
     ):
         (root / name).write_bytes(data)
         yield root / name, message

@@ -185,7 +185,7 @@ def test_broken_and_odd_images_are_named(tmp_path):
     good = [{"bytes": png(array), "path": None} for array in images(4)]
     image = {"image": datasets.Image()}
     rows = {
-        "broken": ([*good, {"bytes": b"<html>", "path": None}], r"broken, train, row 4 is no readable image .*HTML"),
+        "broken": ([*good, {"bytes": b"<html>", "path": None}], r"broken, train, row 4 is not a readable image .*HTML"),
         "none": ([*good, None], r"none, train, row 4 has no image"),
         "mixed": (
             [*good, {"bytes": png(images(1, (9, 9, 3))[0]), "path": None}],
@@ -227,7 +227,7 @@ def test_arrays_of_unequal_shape_are_named(tmp_path):
     lists = {"x": datasets.Sequence(datasets.Value("float32"))}
     rows = [[1.0, 2.0]] * 1500
     for name, odd, message in (
-        ("short", [1.0], r"short, train, row 1499 has shape \(1,\), rows before it have \(2,\)"),
+        ("short", [1.0], r"short, train, row 1499 has shape \(1,\), the rows before it have \(2,\)"),
         ("none", None, "none, train, row 1499 has no value"),
         ("nan", [1.0, float("nan")], "NaN or infinity in 1 of 1500 rows, the first is row 1499"),
     ):
@@ -240,8 +240,8 @@ def test_arrays_of_unequal_shape_are_named(tmp_path):
 def test_missing_integers_are_reported(tmp_path):
     bytes_ = {"x": datasets.Sequence(datasets.Value("uint8"))}
     for name, feature, odd, message in (
-        ("part", bytes_, [1, None], r"part, train, row 3 lacks numbers in column x"),
-        ("all", {"x": datasets.Array2D((2, 2), "uint8")}, None, r"all, train, row 3 (lacks numbers|has no value)"),
+        ("part", bytes_, [1, None], r"part, train, row 3 has missing values in column x"),
+        ("all", {"x": datasets.Array2D((2, 2), "uint8")}, None, r"all, train, row 3 (has missing values|has no value)"),
     ):
         good = [[7, 8], [9, 10]] if name == "all" else [7, 8]
         rows = table({"x": [good, good, good, odd, good]}, feature)
@@ -291,7 +291,7 @@ def test_columns_by_their_names(tmp_path):
     refused(r"2 column\(s\) of images, a, b: choose one with --data.column", root)
     refused(r"2 columns of classes, fine, coarse: choose one with --data.label_column", root, column="b")
     refused("column 'text' contains neither", root, column="text")
-    refused("column 'c' is not there: there are a, b", root, column="c")
+    refused("column 'c' does not exist: choose from a, b", root, column="c")
     refused("no column of labels 'a'", root, column="b", label_column="a")
     data = DataModule("hf", root=root, column="b", label_column="fine", **plain)
     assert torch.equal(data.tensors("train")[0], chw(second))
@@ -330,7 +330,7 @@ def test_invalid_dataset_folders_are_refused(tmp_path):
     (tmp_path / "file.parquet").touch()
     refused("is a file: give the folder", tmp_path / "file.parquet")
     refused(
-        r"nobody/nothing is no folder here, .* in the cache of the hub .*check name", "nobody/nothing", download=False
+        r"nobody/nothing is not a folder, .* in the cache of the hub .*check the name", "nobody/nothing", download=False
     )
     root = tmp_path / "cut"
     saved(root, {"train": pictures(images(4))})

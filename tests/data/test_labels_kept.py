@@ -100,7 +100,7 @@ def test_folder_labels_can_be_limited(tmp_path, memory, workers):
     ("n", "match"),
     [
         (55, "multiple of 10"),
-        (2000, r"200 samples of each class, the training split of digits has \d+ of '0': lower it"),
+        (2000, r"200 samples of each class, but the training split of digits has \d+ of '0': lower it"),
         (-1, "at least 0"),
     ],
 )

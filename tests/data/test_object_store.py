@@ -129,7 +129,7 @@ def test_address_is_not_opened_without_permission(monkeypatch):
     ):
         with pytest.raises(AezooError, match=r"s3://bucket/set is an address.*: add --allow_remote \(in Python"):
             run()
-    with pytest.raises(AezooError, match="only s3:// ones are opened"):
+    with pytest.raises(AezooError, match="only s3:// addresses are opened"):
         DataModule("stream", root="http://bucket/set", allow_remote=True)
 
 
@@ -308,7 +308,7 @@ def test_errors_of_the_store_are_one_line_without_secrets(tmp_path, bucket, monk
         "s3://no-such-bucket/set cannot be read: there is no such bucket", lambda: remote("s3://no-such-bucket/set")
     )
     refused(f"no index.json in s3://{name}/other, nor in s3://{name}/other/train", lambda: remote(f"s3://{name}/other"))
-    refused("s3://x is no address of a folder", lambda: remote("s3://x"))
+    refused("s3://x is not the address of a folder", lambda: remote("s3://x"))
     client.delete_object(Bucket=name, Key="set/chunk-0-1.bin")
     refused(f"{address}/chunk-0-1.bin is missing", lambda: remote(address))
     client.put_object(Bucket=name, Key="set/chunk-0-1.bin", Body=b"short")
@@ -321,10 +321,10 @@ def test_errors_of_the_store_are_one_line_without_secrets(tmp_path, bucket, monk
         lambda: remote(address),
     )
     for variable, value, match in (
-        ("AWS_PROFILE", "loopback-secret", "AWS_PROFILE names a profile that no file"),
-        ("AWS_ENDPOINT_URL", "loopback-secret", "AWS_ENDPOINT_URL is no address"),
+        ("AWS_PROFILE", "loopback-secret", "AWS_PROFILE names a profile that is in no AWS configuration file"),
+        ("AWS_ENDPOINT_URL", "loopback-secret", "AWS_ENDPOINT_URL is not an address"),
         ("AWS_ENDPOINT_URL", "http://AKIALOOPBACK:loopback-secret@127.0.0.1:9", "the server cannot be reached"),
-        ("AWS_ACCESS_KEY_ID", None, "half of the credentials is missing|there are no credentials"),
+        ("AWS_ACCESS_KEY_ID", None, "one of the two credentials is missing|there are no credentials"),
     ):
         with monkeypatch.context() as changed:
             changed.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -342,7 +342,7 @@ def test_rewritten_chunk_is_refused(tmp_path, bucket):
     client, name = bucket
     size = (tmp_path / "set" / "chunk-0-2.bin").stat().st_size
     client.put_object(Bucket=name, Key="set/chunk-0-2.bin", Body=bytes(size))
-    refused(f"{address}/chunk-0-2.bin cannot be read: it has been written again", lambda: data.tensors("train"))
+    refused(f"{address}/chunk-0-2.bin cannot be read: it has been overwritten", lambda: data.tensors("train"))
     before, after = data.identity, remote(address, **ALL).identity
     assert before != DataModule("stream", root=str(tmp_path / "set"), **ALL).identity == after or before == after
 
@@ -363,7 +363,7 @@ def test_hostile_chunks_are_refused(tmp_path, bucket):
         client.put_object(Bucket=name, Key="set/index.json", Body=json.dumps(index).encode())
         refused("not in its folder|is missing|has a chunk called", lambda: remote(address))
     client.put_object(Bucket=name, Key="set/index.json", Body=b"{")
-    refused(f"{address}/index.json is no index of litdata", lambda: remote(address))
+    refused(f"{address}/index.json is not an index of litdata", lambda: remote(address))
     assert {file.suffix for file in (tmp_path / "cache").rglob("*") if file.is_file()} == {".json"}
 
 
@@ -392,7 +392,9 @@ def test_unwritable_cache_is_reported(tmp_path):
         def digest(self):
             return "d"
 
-    refused("cannot write chunks into .*file.*: make room", lambda: FileCache(Objects(), str(tmp_path / "file"), 9))
+    refused(
+        "cannot write chunks into .*file.*: free disk space", lambda: FileCache(Objects(), str(tmp_path / "file"), 9)
+    )
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------------

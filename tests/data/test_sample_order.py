@@ -83,8 +83,8 @@ def test_resumed_runs_see_the_same_augmented_images(tmp_path, memory, num_worker
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"batch_size": 100}, "of batches of 300, which 100 cannot continue with: take --data.batch_size 300, or"),
-        ({"seed": 1}, "in the order of seed 0, which 1 cannot continue with: take --data.seed 0, or"),
+        ({"batch_size": 100}, "with batch size 300; with 100 the run cannot continue: give --data.batch_size 300, or"),
+        ({"seed": 1}, "with seed 0; with 1 the run cannot continue: give --data.seed 0, or"),
     ],
 )
 def test_batch_settings_cannot_change_mid_epoch(tmp_path, other, words):

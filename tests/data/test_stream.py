@@ -125,7 +125,7 @@ def test_vectors_sequences_and_layouts(tmp_path):
     refused(r"wide, item 0 \(chunk-0-0.bin\) has values from -\d.* to 1.*--data.scale none", root, **ALL)
     x, _ = DataModule("stream", root=root, scale="none", **ALL).tensors("train")
     assert torch.equal(x, torch.from_numpy(np.stack(arrays)))
-    refused("scale standard needs a set in memory", root, scale="standard")
+    refused("scale standard needs a data set in memory", root, scale="standard")
 
 
 def test_size_and_channels(tmp_path):
@@ -260,7 +260,11 @@ def test_pickled_dataset_reads_equal_samples(tmp_path):
 def test_inconsistent_items_are_reported(tmp_path):
     first = dicts(images(5))
     for name, odd, message in (
-        ("size", {"image": Image.fromarray(images(1, (9, 8, 3))[0]), "label": 0}, "is 3x9x8, the first item is 3x8x8"),
+        (
+            "size",
+            {"image": Image.fromarray(images(1, (9, 8, 3))[0]), "label": 0},
+            "is 3x9x8, but the first item is 3x8x8",
+        ),
         (
             "grey",
             {"image": Image.fromarray(images(1, (8, 8))[0]), "label": 0},
@@ -271,13 +275,13 @@ def test_inconsistent_items_are_reported(tmp_path):
         refused(rf"{name}, item 5 \(chunk-0-1.bin\) {message}", root, **ALL)
         refused(rf"{name}, item 5 \(chunk-0-1.bin\) {message}", root, memory="off", **ALL)
     pngs = [{"image": encoded(a)} for a in images(5)]
-    refused("item 5 .* is no readable image", write(tmp_path / "png", [*pngs, {"image": b"<html>"}]), **ALL)
+    refused("item 5 .* is not a readable image", write(tmp_path / "png", [*pngs, {"image": b"<html>"}]), **ALL)
     refused("item 0 .* million pixels", tmp_path / "png", max_pixels=10)
     vectors = [{"x": np.zeros(3, np.float32)}] * 5
     root = write(tmp_path / "nan", [*vectors, {"x": np.array([0, np.nan, 0], np.float32)}])
     refused("item 5 .* has NaN or infinity", root, **ALL)
     refused(
-        r"item 5 .* is 4, the first item is 3",
+        r"item 5 .* is 4, but the first item is 3",
         write(tmp_path / "long", [*vectors, {"x": np.zeros(4, np.float32)}]),
         **ALL,
     )
@@ -295,9 +299,9 @@ def test_labels(tmp_path):
     assert DataModule("stream", root=str(root), label_column="none", **ALL).tensors("train")[1] is None
     refused("has no label 'y'", root, label_column="y")
     (root / "classes.json").write_text("{")
-    refused("classes.json is no JSON", root)
+    refused("classes.json is not valid JSON", root)
     (root / "classes.json").write_text('["cat", "cat"]')
-    refused("classes.json is no list of two or more names", root)
+    refused("classes.json is not a list of two or more names", root)
     numbers = tmp_path / "numbers"
     write(numbers, [(np.full(3, 0.5, np.float32), n) for n in (0, -1, 2)])
     classes(numbers)
@@ -337,7 +341,7 @@ def test_columns_by_their_names(tmp_path):
 @pytest.mark.slow
 def test_invalid_or_missing_chunks_are_refused(tmp_path):
     refused("does not exist: give one that litdata.optimize wrote", tmp_path / "nowhere")
-    refused("is an address, and only s3:// ones are opened", "gs://bucket/set")
+    refused("is an address, and only s3:// addresses are opened", "gs://bucket/set")
     (tmp_path / "empty").mkdir()
     refused("no index.json in", tmp_path / "empty")
     root = tmp_path / "set"
@@ -352,15 +356,18 @@ def test_invalid_or_missing_chunks_are_refused(tmp_path):
     refused(r"set, item 4 \(chunk-0-1.bin\) cannot be read", root, **ALL)
     chunk.write_bytes(content)
     for change, message in (
-        ("{", "is no index of litdata"),
-        ('{"chunks": []}', "is no index of litdata"),
+        ("{", "is not an index of litdata"),
+        ('{"chunks": []}', "is not an index of litdata"),
         (told | {"chunks": []}, "lists no items"),
         (told | {"config": told["config"] | {"format": "mds"}}, "for another reader"),
-        (told | {"config": told["config"] | {"compression": "zstd", "compression_level": None}}, "packed as a whole"),
+        (
+            told | {"config": told["config"] | {"compression": "zstd", "compression_level": None}},
+            "compressed as a whole",
+        ),
         (told | {"chunks": [told["chunks"][0] | {"filename": "../x.bin"}]}, "not in its folder"),
         (told | {"chunks": [told["chunks"][0] | {"chunk_size": -5}]}, "lists -5 items"),
         (told | {"chunks": [told["chunks"][0] | {"chunk_size": 10**15}]}, "lists 10+ items in the"),
-        (told | {"chunks": [told["chunks"][0] | {"chunk_size": float("inf")}]}, "is no index of litdata"),
+        (told | {"chunks": [told["chunks"][0] | {"chunk_size": float("inf")}]}, "is not an index of litdata"),
     ):
         index.write_text(change if isinstance(change, str) else json.dumps(change))
         refused(message, root)
@@ -380,7 +387,7 @@ def test_pickled_items_are_refused(tmp_path):
     root = tmp_path / "set"
     write(root, [{"x": np.zeros(3, np.float32), "o": Bomb(canary)} for _ in range(4)])
     canary.unlink(missing_ok=True)
-    refused("lists items of pickle, which may be pickled and run code: write .* Python's own numbers", root)
+    refused("lists items of pickle, which may be pickled and run code: write only .* Python's own numbers", root)
     index = root / "index.json"
     told = json.loads(index.read_text())
     told["config"]["data_format"][1] = "image:pickle"

@@ -130,15 +130,15 @@ def test_broken_idx_files_are_named(tmp_path):
     flipped = bytearray(packed)
     flipped[len(packed) // 2] ^= 0xFF
     for name, content, message in (
-        ("cut", whole[:-10], "has 3926 bytes where its header promises 3936: delete it and download it again"),
+        ("cut", whole[:-10], "has 3926 bytes where its header declares 3936: delete it and download it again"),
         ("long", whole + b"x", "has 3937 bytes"),
-        ("head", whole[:7], "is no idx file"),
-        ("void", b"", "is no idx file"),
-        ("html", b"<html>", "is no idx file"),
-        ("none", idx(np.zeros((0, 28, 28), np.uint8)), "header promises"),
-        ("cut.gz", packed[:-100], "is no whole gzip file"),
-        ("flip.gz", bytes(flipped), "is no whole gzip file"),
-        ("html.gz", b"<html>", "is no whole gzip file"),
+        ("head", whole[:7], "is not an idx file"),
+        ("void", b"", "is not an idx file"),
+        ("html", b"<html>", "is not an idx file"),
+        ("none", idx(np.zeros((0, 28, 28), np.uint8)), "header declares"),
+        ("cut.gz", packed[:-100], "is not a complete gzip file"),
+        ("flip.gz", bytes(flipped), "is not a complete gzip file"),
+        ("html.gz", b"<html>", "is not a complete gzip file"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(AezooError) as caught:
@@ -154,11 +154,11 @@ def test_mismatched_idx_files_are_refused(tmp_path):
     home = tmp_path / "MNIST" / "raw"
     write_family("mnist", home)
     (home / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(59, np.uint8)))
-    refused("has 60 images but .*train-labels-idx1-ubyte 59 labels", "mnist", tmp_path)
+    refused("has 60 images but .*train-labels-idx1-ubyte has 59 labels", "mnist", tmp_path)
     (home / "train-labels-idx1-ubyte").write_bytes(idx(np.full(60, 10, np.uint8)))
     refused("labels outside 0..9", "mnist", tmp_path)
     (home / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((60, 20, 20), np.uint8)))
-    refused("contains no 28 x 28 images", "mnist", tmp_path)
+    refused("not 28 x 28 images", "mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VISION_SETS])
@@ -171,7 +171,7 @@ def test_missing_network_is_reported_in_one_line(tmp_path, offline, name):
     if name in FAMILIES:
         assert str(tmp_path / FAMILIES[name].title / "raw") in message
     if name in _NO_DOWNLOAD:
-        assert "is not there" in message
+        assert "was not found" in message
         assert not offline
     else:
         assert "cannot be downloaded" in message
@@ -246,7 +246,7 @@ def test_file_based_torchvision_set_is_read(tmp_path, offline):
         data = DataModule("eurosat", root=str(tmp_path), batch_size=4, memory=memory)
         with pytest.raises(AezooError, match="of EuroSAT cannot be read"):
             [list(loader()) for loader in (data.train_dataloader, data.val_dataloader, data.test_dataloader)]
-    refused("scale standard needs a set in memory", "eurosat", tmp_path, scale="standard")
+    refused("scale standard needs a data set in memory", "eurosat", tmp_path, scale="standard")
     assert not offline
 
 

@@ -115,12 +115,12 @@ def test_series_that_cannot_be_cut_are_refused(tmp_path, settings, line):
 
 def test_labels_without_order_and_wrong_shapes_are_refused(tmp_path):
     x = np.random.default_rng(0).normal(size=(60, 2))
-    with pytest.raises(AezooError, match="labels of the steps of a series are 0 and 1"):
+    with pytest.raises(AezooError, match="labels of the steps of a series must be numbers"):
         DataModule.from_arrays(x, np.repeat(["bad", "good"], 30), window_length=4)
     with pytest.raises(AezooError, match=r"a series of shape \(.*, 2, 3\): give steps"):
         windows(np.zeros((20, 2, 3)), 4)
     write_series(tmp_path / "t.csv")
-    with pytest.raises(AezooError, match="is no number"):  # rows with time stamps, read as samples
+    with pytest.raises(AezooError, match="is not a number"):  # rows with time stamps, read as samples
         DataModule(str(tmp_path / "t.csv"))
 
 

@@ -44,7 +44,7 @@ def test_full_output_is_reported_in_one_line(tmp_path, command):
     code, error = shell(command, "> /dev/full", tmp_path)
     assert code == 2
     assert error.splitlines() == [
-        "aezoo: cannot write the output: No space left on device; make room, or write it elsewhere"
+        "aezoo: cannot write the output: No space left on device; free disk space, or write it elsewhere"
     ]
 
 

@@ -105,21 +105,26 @@ def test_scale_and_shift_of_codes_are_those_of_the_standardiser(tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape", "settings", "message"),
     [
-        ("vae", SHAPE, {}, "no class of diffusers computes what vae does"),
+        ("vae", SHAPE, {}, "diffusers has no class for vae"),
         ("autoencoder_kl", SHAPE, {}, "no network like net 'resnet'.*net='ldm'"),
         ("autoencoder_kl", SHAPE, {**SMALL, "activation": "relu"}, "end with silu"),
-        ("autoencoder_kl", SHAPE, {**SMALL, "likelihood": "bernoulli"}, "'bernoulli' the network's output is no image"),
-        ("autoencoder_kl", (3, 16), SMALL, r"networks of images, \(C, H, W\)"),
+        (
+            "autoencoder_kl",
+            SHAPE,
+            {**SMALL, "likelihood": "bernoulli"},
+            "'bernoulli' the network's output is not an image",
+        ),
+        ("autoencoder_kl", (3, 16), SMALL, r"networks for images, \(C, H, W\)"),
         (
             "autoencoder_kl",
             (3, 18, 16),
             SMALL,
-            "multiples of 4, this autoencoder_kl images of 18x16: export aezoo.at_si",
+            "multiples of 4, this autoencoder_kl has 18x16: export aezoo.at_si",
         ),
-        ("vqgan", SHAPE, {**SMALL, "cosine": True}, "compares directions"),
-        ("taesd", SHAPE, {"activation": "silu"}, "adds with relu"),
-        ("taesd", SHAPE, {"likelihood": "bernoulli"}, "output is no image"),
-        ("taesd", SHAPE, {"likelihood": "sigmoid_gaussian"}, "output is no image"),
+        ("vqgan", SHAPE, {**SMALL, "cosine": True}, "of the nearest direction"),
+        ("taesd", SHAPE, {"activation": "silu"}, "uses relu"),
+        ("taesd", SHAPE, {"likelihood": "bernoulli"}, "output is not an image"),
+        ("taesd", SHAPE, {"likelihood": "sigmoid_gaussian"}, "output is not an image"),
     ],
 )
 def test_models_that_diffusers_does_not_have_are_refused(tmp_path, name, shape, settings, message):

@@ -155,7 +155,7 @@ def test_architecture_and_channels_are_inferred(name, tmp_path):
     found = aezoo.import_model(saved(tmp_path, state_of(name)))
     m = 4 if "cheng" in name else 6
     assert found.found == f"CompressAI, {name}, 3 channels, N = 4, M = {m}"
-    assert found.notes == ("tables of frequencies are those of the file",)
+    assert found.notes == ("the frequency tables are those of the file",)
     hparams = found.model.hparams
     assert (hparams["architecture"], hparams["width"], hparams["latent_dim"]) == (name, 4, m)
 
@@ -285,7 +285,10 @@ def falling(state: dict[str, Tensor]) -> None:
         (lambda s: s.update({"Gain": torch.zeros(8)}), "it also has Gain"),
         (narrowed, r"g_a.2.weight has shape \(4, 3, 5, 5\)"),
         (expanded, "claims to have 7500000 values and has fewer"),
-        (lambda s: s.update({"g_a.0.weight": torch.zeros(4, 3, 5, 5).int()}), "has torch.int32 in place of real"),
+        (
+            lambda s: s.update({"g_a.0.weight": torch.zeros(4, 3, 5, 5).int()}),
+            "has torch.int32 instead of floating-point",
+        ),
         (lambda s: s.update({"g_a.0.weight": torch.zeros(0, 3, 5, 5)}), "width"),
         (lambda s: s.update({"g_a.0.weight": torch.zeros(4, 0, 5, 5)}), "input_shape"),
         (lambda s: s["g_s.0.weight"][0, 0].fill_(math.nan), "g_s.0.weight has values that are NaN"),
@@ -297,7 +300,7 @@ def falling(state: dict[str, Tensor]) -> None:
         (falling, "does not increase from 0 to 65536"),
         (lambda s: s["entropy_bottleneck._cdf_length"].fill_(10**6), "table lengths are 1000000"),
         (lambda s: s["entropy_bottleneck._offset"].fill_(-(10**9)), "too far from 0"),
-        (lambda s: s.update({"entropy_bottleneck._cdf_length": torch.ones(3)}), "tables that are no integers"),
+        (lambda s: s.update({"entropy_bottleneck._cdf_length": torch.ones(3)}), "tables that are not integers"),
         (lambda s: s.update({"entropy_bottleneck._offset": torch.ones(3).int()}), "4 tables, 4 lengths and 3 offsets"),
         (lambda s: s.update({"entropy_bottleneck._bias0": torch.zeros(4, 3, 1)}), "under two names"),
     ],
@@ -342,16 +345,16 @@ def test_damaged_strings_are_refused(tmp_path):
     for strings, message in (
         ([[y[:40]], [z]], "ends too early"),
         ([[b""], [z]], "ends too early"),
-        ([[y]], "not of this model and size"),
-        ([[y, y], [z]], "not of this model and size"),
+        ([[y]], "not belong to this model and size"),
+        ([[y, y], [z]], "not belong to this model and size"),
         ([], "no strings"),
     ):
         with pytest.raises(aezoo.AezooError, match=message):
             rans.decode_strings(model, strings)
-    with pytest.raises(aezoo.AezooError, match="has no streams of CompressAI: take the model compressai"):
+    with pytest.raises(aezoo.AezooError, match="has no streams of CompressAI: use the model compressai"):
         rans.encode_strings(aezoo.create_model("factorized_prior", (1, 8, 8)), torch.zeros(1, 1, 8, 8))
 
 
 def test_other_files_are_not_recognised(tmp_path):
-    with pytest.raises(aezoo.AezooError, match=re.escape("has no format that aezoo reads")):
+    with pytest.raises(aezoo.AezooError, match=re.escape("has an unknown format")):
         aezoo.import_model(saved(tmp_path, {"g_a.0.weight": torch.zeros(4, 3, 5, 5)}))

@@ -14,7 +14,7 @@ from aezoo.io.partial import Partial
 
 
 def begun(folder, key="key", rank=0):
-    return Partial(folder / "parts", key, "make room", rank)
+    return Partial(folder / "parts", key, "free disk space", rank)
 
 
 def test_rows_of_two_ranks_make_one_array(tmp_path):
@@ -63,7 +63,7 @@ def test_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(AezooError, match=r"cannot write \S+x\.npy: No space left on device; make room$"):
+        with pytest.raises(AezooError, match=r"cannot write \S+x\.npy: No space left on device; free disk space$"):
             parts.write("x", [0], np.ones((1, 2)), 10**6)
     parts.close()
 

@@ -73,7 +73,7 @@ def test_scaling_is_folded(tmp_path):
         ("k_sparse", {"k": 3}, "no model like k_sparse"),
         ("sae_l1", {"likelihood": "bernoulli"}, "no output function"),
         ("transcoder", {"targets": (1,), "activation": "topk:3"}, "this one has topk:3"),
-        ("transcoder", {}, "read one place and predict one"),
+        ("transcoder", {}, "read one row and predict one"),
     ],
 )
 def test_what_sae_lens_does_not_have_is_refused(tmp_path, name, settings, message):

@@ -290,7 +290,7 @@ def refused(address, message):
 
 C, H = "config.json", "hyperparams.json"
 WRONG_CONFIGS = [
-    ("sae_lens_standard", "cfg.json", {"architecture": "temporal"}, "has the architecture 'temporal'"),
+    ("sae_lens_standard", "cfg.json", {"architecture": "temporal"}, "for the architecture 'temporal'"),
     ("sae_lens_standard", "cfg.json", {"architecture": 3}, "architecture must be a str"),
     ("sae_lens_standard", "cfg.json", {"activation_fn": "tanh-relu"}, "with the activation 'tanh-relu'"),
     ("sae_lens_gated", "cfg.json", {"activation_fn_str": "topk"}, "gated with the activation 'topk'"),
@@ -306,7 +306,7 @@ WRONG_CONFIGS = [
     ("sae_lens_transcoder", "cfg.json", {"apply_b_dec_to_input": True}, "which a transcoder cannot do"),
     ("sae_lens_transcoder", "cfg.json", {"normalize_activations": "layer_norm"}, "normalises its input"),
     ("sae_lens_matryoshka_batchtopk", "cfg.json", {"matryoshka_widths": [5, 2]}, "matryoshka_widths must rise"),
-    ("sparsify", "cfg.json", {"activation": "groupmax"}, "has the activation 'groupmax'"),
+    ("sparsify", "cfg.json", {"activation": "groupmax"}, "for the activation 'groupmax'"),
     ("sparsify_skip_transcoder", "cfg.json", {"transcode": False}, "would copy its input"),
     ("sparsify", "cfg.json", {"d_in": 7}, "d_in is 7, but the weights have 6"),
     (f"{D}AutoEncoder", C, {"trainer": {"dict_class": "IdentityDict"}}, "dict_class is 'IdentityDict'"),

@@ -186,7 +186,7 @@ def test_samples_without_variation_have_finite_codes() -> None:
 def test_unknown_or_unsuitable_input_norm_is_refused() -> None:
     with pytest.raises(aezoo.AezooError, match="input_norm must be one of none, layer_norm, rms_norm"):
         aezoo.create_model("topk_sae", SHAPE, input_norm="batch_norm")
-    with pytest.raises(aezoo.AezooError, match="take likelihood='gaussian'"):
+    with pytest.raises(aezoo.AezooError, match="use likelihood='gaussian'"):
         aezoo.create_model("sae_l1", SHAPE, input_norm="layer_norm", likelihood="bernoulli")
 
 

@@ -172,7 +172,7 @@ def test_file_put_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("net", "message"),
     [
         ("timm:test_resnt", "did you mean test_resnet"),
-        ("timm:test_resnet.nothing", r"no weights 'test_resnet.nothing': take one of test_resnet\.r160_in1k"),
+        ("timm:test_resnet.nothing", r"no weights 'test_resnet.nothing': choose from test_resnet\.r160_in1k"),
         ("timm:test_resnet,frozen=7", "frozen cannot be '7'"),
         ("timm:test_resnet,frozen,frozen", "'frozen' is given twice"),
         ("timm:test_resnet,num_classes=3", "'num_classes' is given twice, or is not allowed"),
@@ -308,7 +308,7 @@ def test_feature_maps_are_those_of_torchvision(name: str, tmp_path: Path, monkey
     ("name", "message"),
     [
         ("torchvision:resnet81", "did you mean"),
-        ("torchvision:vit_b_16", "no feature maps: take timm:NAME"),
+        ("torchvision:vit_b_16", "no feature maps: use timm:NAME"),
         ("torchvision:resnet18,out_indices=5", "feature maps 0 to 4"),
     ],
 )

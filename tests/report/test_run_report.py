@@ -146,8 +146,8 @@ def test_pictures_are_embedded_within_limits(run, monkeypatch):
 FALLING = [100 - 3 * i for i in range(20)]
 GAPS = {
     "none": (FALLING, [loss - 1 for loss in FALLING], "there is no generalisation gap"),
-    "small": (FALLING, [loss + 1 for loss in FALLING], "a small generalisation gap of 1, 1.8% of the fall"),
-    "large": (FALLING, [loss + 10 for loss in FALLING], "a generalisation gap of 10, 17.5% of the fall"),
+    "small": (FALLING, [loss + 1 for loss in FALLING], "a small generalisation gap of 1, 1.8% of the decrease"),
+    "large": (FALLING, [loss + 10 for loss in FALLING], "a generalisation gap of 10, 17.5% of the decrease"),
     "level": ([5.0] * 9, [6.0] * 9, "gap of 1; training loss has not fallen since epoch 1"),
     "grown": (*overfitted(), "In the 13 epochs after it, training loss fell by"),
     "no validation": (FALLING, [None] * 20, "no losses of validation samples"),
@@ -196,10 +196,10 @@ def test_comparison_reports_losses_that_cannot_be_compared(tmp_path):
     first, second = (write_run(tmp_path / name / "0") for name in "ab")
     write_run(second, likelihood="gaussian")
     text = Page(write_report([first, second], tmp_path / "two.html")).text
-    assert "different likelihoods, so their losses do not compare" in text
+    assert "different likelihoods, so their losses are not comparable" in text
     (second / "config.yaml").write_text("data: {name: digits}\n")
     text = Page(write_report([first, second], tmp_path / "two.html")).text
-    assert "different data, so their figures do not compare" in text
+    assert "different data, so their figures are not comparable" in text
 
 
 def test_runs_are_named_apart(tmp_path):

@@ -327,7 +327,7 @@ def test_deep_and_recursive_content_is_refused(honest):
         (shared_lists(), r"x\.pt contains more than"),
         # 4 GB as an array of strings of one width
         (shared_lists(6), r"x\.pt contains lists of lists"),
-        (["x" * 10**6] * 10**4, "are no names of classes"),
+        (["x" * 10**6] * 10**4, "are not names of classes"),
     ],
     ids=["endless", "lists", "texts"],
 )

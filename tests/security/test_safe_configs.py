@@ -149,11 +149,11 @@ def test_policy_is_enforced_in_new_process(canary, tmp_path):
 def test_invalid_config_section_is_refused(refused, tmp_path, text):
     (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")
     message = refused("fit", "-c", str(tmp_path / "odd.yaml"))
-    assert text.partition(":")[0] in message and "one to a line, or leave it out" in message
+    assert text.partition(":")[0] in message and "one per line, or leave it out" in message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["config: -1", "config: a.yaml", "fit: {config: {a: 1}}"])
 def test_nested_config_file_is_refused(refused, tmp_path, text):
     (tmp_path / "odd.yaml").write_text(f"model: {{class_path: vae}}\n{text}\n")
-    assert "give each with --config" in refused("fit", "-c", str(tmp_path / "odd.yaml"))
+    assert "give each file with --config" in refused("fit", "-c", str(tmp_path / "odd.yaml"))

@@ -140,7 +140,7 @@ def test_false_sample_count_is_refused_cheaply(written, mode):
     most = container.max_samples_per_frame((9,))
     tracemalloc.start()
     try:
-        for n, line in ((most, "is refused"), (most + 1, "larger than compress makes"), (2**32 - 1, "larger than")):
+        for n, line in ((most, "is refused"), (most + 1, "larger than compress writes"), (2**32 - 1, "larger than")):
             found = outcome(written, put_together(header | {"n": n, "block": 256}, [*tables, [n, digest, payload]]))
             assert line in found or "more than the limit" in found
         found = outcome(written, put_together(header | {"n": 2**40}, frames))

@@ -65,7 +65,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     aezoo.save_model(aezoo.create_model("dense_ae", (4,), latent_dim=2), tmp_path / "foreign")
     np.save(tmp_path / "x.npy", given.numpy())
     main(["reconstruct", "--ckpt_path", str(tmp_path / "foreign"), "--input", str(tmp_path / "x.npy"), *out])
-    assert "does not say how its training data were scaled: samples are in the scale" in capsys.readouterr().err
+    assert "does not record how its training data were scaled: samples are in the scale" in capsys.readouterr().err
     capsys.readouterr()
     main(["predict", *ckpt, "--predictions.folder", str(tmp_path)])
     assert "`aezoo reconstruct` writes the units of the data" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_float_stored_bytes_are_recognised(tmp_path, capsys):
         capsys.readouterr()
         argv = ["reconstruct", "--ckpt_path", str(run), "--input", str(tmp_path / f"{name}.npy"), "--n_shown", "0"]
         if name == "floats":
-            assert "values from 0 to 255, the training data had 0 to 1: divide them" in refused(capsys, *argv)
+            assert "values from 0 to 255, but the training data had 0 to 1: divide them" in refused(capsys, *argv)
         else:
             main([*argv, f"--out={tmp_path / name}"])
             found[name] = np.load(tmp_path / name / "reconstructions.npy")
@@ -142,7 +142,7 @@ def test_differently_scaled_data_are_reported(run, tmp_path, caplog, command):
 @pytest.mark.parametrize("command", ["reconstruct", "test"])
 def test_changed_split_settings_are_reported(run, tmp_path, capsys, command):
     place = [f"--out={tmp_path}"] if command == "reconstruct" else []
-    words = "aezoo: --data.seed and --data.test_fraction: the set is split differently than for training"
+    words = "aezoo: --data.seed and --data.test_fraction: the split is not the one used for training"
     for flags, said in ([], False), (["--data.seed=7", "--data.test_fraction=0.3"], True):
         main([command, "--ckpt_path", str(run), *flags, *place])
         assert (words in capsys.readouterr().err) == said
@@ -193,7 +193,7 @@ def test_tables_contain_file_names_and_labels(tmp_path, capsys):
     capsys.readouterr()
     for named, n in (["--data", str(photos)], 4), (["--data", "folder", "--data.root", str(photos)], 4), ([], 0):
         main(["reconstruct", *given, *named])
-        said = f"{n} of its samples are used, the share --data.test_fraction; --input {photos} takes all"
+        said = f"{n} of its samples are used, the share --data.test_fraction; --input {photos} uses all"
         assert (said in capsys.readouterr().err) == bool(n)
     one = str(photos / "sound" / "1.png")
     main(["detect", *given, "--baselines", "false", "--input", one])
@@ -331,7 +331,7 @@ def test_tasks_binarise_as_training_did(tmp_path):
 @pytest.mark.slow
 def test_saved_model_takes_file_and_names_missing_data(run, tmp_path, capsys):
     aezoo.save_model(aezoo.load_model(run), tmp_path / "saved")
-    assert "does not say what it was trained on" in refused(
+    assert "does not record what it was trained on" in refused(
         capsys, "reconstruct", "--ckpt_path", str(tmp_path / "saved")
     )
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((3, 4)))
@@ -352,7 +352,7 @@ def test_saved_model_accepts_data_settings(run, tmp_path, capsys, form):
         (tmp_path / "set.yaml").write_text(text)
         return str(tmp_path / "set.yaml")
 
-    assert "does not say what it was trained on" in refused(capsys, *flags, data("{" + rest + "}"))
+    assert "does not record what it was trained on" in refused(capsys, *flags, data("{" + rest + "}"))
     main([*flags, data("{" + f"name: {path}, {rest}" + "}"), "--split=val"])
     assert "40 samples" in capsys.readouterr().out
 
@@ -492,7 +492,7 @@ def test_run_without_test_split_needs_input(tmp_path, capsys):
     main(["generate", "--ckpt_path", run, f"--out={tmp_path}", "--n", "3"])  # which needs no data
     assert "3 samples from the model's own prior" in capsys.readouterr().out
     line = refused(capsys, "detect", "--ckpt_path", run, f"--out={tmp_path}")
-    assert line.endswith("x.npy has no test split: take --split train or val, or give --input FILE")
+    assert line.endswith("x.npy has no test split: use --split train or val, or give --input FILE")
     main(["detect", "--ckpt_path", run, f"--out={tmp_path}", "--split", "val", "--baselines", "false"])
 
 
@@ -556,7 +556,7 @@ def test_generating_from_prior_needs_no_training_data(tmp_path, capsys):
     (folder,) = (path.parent for path in tmp_path.rglob("config.yaml"))
     capsys.readouterr()
     main(["generate", "--ckpt_path", str(folder), "--n", "3"])
-    assert "nothing is read, the training data are not available" in capsys.readouterr().err
+    assert "no data are read, as the training data are not available" in capsys.readouterr().err
     assert np.load(folder / "generate" / "samples.npy").shape == (3, 4)
     with pytest.raises(SystemExit):
         main(["generate", "--ckpt_path", str(folder), "--prior", "gaussian"])

@@ -573,7 +573,7 @@ def test_non_deterministic_device_writes_no_file(tmp_path, monkeypatch):
 
     x = model.samples(model.draw(64))
     monkeypatch.setattr(WithPrior, "next_logits", noisy)
-    with pytest.raises(AezooError, match="does not compute the same twice"):
+    with pytest.raises(AezooError, match="does not give the same result twice"):
         written(model, x, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -604,7 +604,7 @@ def test_a_prior_of_nan_is_refused(value):
 def test_codebooks_too_large_for_a_prior_are_refused():
     model = Plain((1, 3), (2**16 + 1,)).eval()
     model.to_tokens = lambda given: given.flatten(1)
-    with pytest.raises(AezooError, match="take smaller codebooks"):
+    with pytest.raises(AezooError, match="use smaller codebooks"):
         autoregressive.AutoregressiveCoder(model, 8)
 
 

@@ -217,7 +217,7 @@ def test_detect_reports_drift_from_reference(samples, tmp_path):
     found, same = detect(model, x + np.float32(1.5), out=str(tmp_path), **given), detect(model, x[:200], **given)
     assert found.drift.has_left and not same.drift.has_left and found.drift.n_reference == 1000
     assert found.drift.superiority > 0.6 and abs(same.drift.superiority - 0.5) < 0.1
-    assert "\ndrift: the scores have left those of the 1,000 held-out samples (Kolmogorov" in found.summary()
+    assert "\ndrift: the scores differ from those of the 1,000 held-out samples (Kolmogorov" in found.summary()
     assert "\nno drift: the scores are like those of the 1,000 held-out samples (Kolmogorov" in same.summary()
     (row,) = csv.DictReader((tmp_path / "detect.csv").read_text().splitlines())
     assert float(row["drift_p"]) == pytest.approx(found.drift.p_value) and float(row["drift_distance"]) > 0.2
@@ -316,15 +316,17 @@ def test_command_line_takes_rate_and_words(tmp_path, capsys, samples):
     assert "of the samples are anomalies by their p-values" in capsys.readouterr().out
     np.save(tmp_path / "other.npy", 3 * x[:50])
     main([*command, "--reference", str(tmp_path / "other.npy")])
-    assert f"drift: the scores have left those of the 50 samples of {tmp_path / 'other.npy'}" in capsys.readouterr().out
+    assert (
+        f"drift: the scores differ from those of the 50 samples of {tmp_path / 'other.npy'}" in capsys.readouterr().out
+    )
     for split in ("train", "val"):
         main([*command, "--input", str(tmp_path / "other.npy"), "--reference", split])
         assert f" ({split}) (Kolmogorov-Smirnov p " in capsys.readouterr().out
-    assert "does not say what it was trained on: give --data.name SET or --reference FILE" in refused_in_one_line(
+    assert "does not record what it was trained on: give --data.name SET or --reference FILE" in refused_in_one_line(
         capsys, "detect", "--ckpt_path", str(home), "--input", str(tmp_path / "other.npy"), "--reference", "val"
     )
     assert "--reference nowhere does not exist" in refused_in_one_line(capsys, *command, "--reference", "nowhere")
-    assert "has no val split: take --reference train or test, or give --reference FILE" in refused_in_one_line(
+    assert "has no val split: use --reference train or test, or give --reference FILE" in refused_in_one_line(
         capsys, *command, "--data.name", "digits", "--data.val_fraction", "0", "--reference", "val"
     )
     main([*command, "--contamination", "0.2"])

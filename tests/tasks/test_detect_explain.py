@@ -288,7 +288,7 @@ def test_explanation_of_one_sample(table):
     # the counterfactual has a lower score
     assert one.reconstruction_score < one.threshold < one.score
     assert found.explain(-1).index == 39
-    with pytest.raises(AezooError, match="there is no sample 40: take 0 to 39"):
+    with pytest.raises(AezooError, match="there is no sample 40: give a number from 0 to 39"):
         found.explain(40)
 
 

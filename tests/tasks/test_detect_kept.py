@@ -70,7 +70,7 @@ def test_command_line_stores_calibration_next_to_the_weights(tmp_path, capsys):
     home = aezoo.save_model(model(), tmp_path / "model")
     data = ["--data", str(tmp_path / "data.npz"), "--data.scale", "none", "--score", "combined,deviance"]
     before = flags(home, *data)
-    assert f"{home / 'calibration.safetensors'} keeps the calibration" in capsys.readouterr().out
+    assert f"{home / 'calibration.safetensors'} stores the calibration" in capsys.readouterr().out
     (tmp_path / "data.npz").unlink()
     assert flags(home, "--input", str(tmp_path / "new.npy"), "--score", "combined") == before
     assert "100 held-out samples" in capsys.readouterr().out

@@ -323,8 +323,8 @@ def test_parquet_contains_the_same_numbers(tmp_path, model):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"method": "mds"}, "take pca, tsne or umap"),
-        ({"table": "xls"}, "take npy, npz, csv or parquet"),
+        ({"method": "mds"}, "use pca, tsne or umap"),
+        ({"table": "xls"}, "use npy, npz, csv or parquet"),
         ({"nearest": -1}, "at least 0"),
         ({"nearest": 4}, "3 samples to choose from"),
         ({"batch_size": 0}, "batch_size at least 1"),
@@ -365,5 +365,5 @@ def test_the_summary_names_features_ahead_of_codes(raw, said):
     ]
     empty = np.empty((3, 2))
     found = Embedding(empty, empty, empty, rows, empty[:, :0], empty[:, :0])
-    assert found.summary().count("a baseline tells the classes best: ") == (said is not None)
-    assert said is None or f"a baseline tells the classes best: {said}\n" in found.summary()
+    assert found.summary().count("a baseline separates the classes best: ") == (said is not None)
+    assert said is None or f"a baseline separates the classes best: {said}\n" in found.summary()

@@ -52,9 +52,9 @@ def answer(address, host=None):
 @pytest.mark.parametrize(
     ("shape", "other", "message"),
     [
-        ((6,), (6,), "one takes samples of 6: take aezoo embed"),
+        ((6,), (6,), "one takes samples of 6: use aezoo embed"),
         ((2, 8, 8), (2, 8, 8), "one takes samples of 2x8x8"),
-        ((1, 8, 8), (1, 4, 4), "other takes 1x4x4 and one 1x8x8: models beside each other must take one shape"),
+        ((1, 8, 8), (1, 4, 4), "other takes 1x4x4 and one 1x8x8: models on one page must take the same shape"),
     ],
 )
 def test_models_that_no_page_can_show_are_refused(tmp_path, shape, other, message):
@@ -87,7 +87,7 @@ def test_server_gives_types_that_browsers_run(tmp_path):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             answer(f"{address}/index.html", host="elsewhere.example")
         port = int(address.rpartition(":")[2])
-        with pytest.raises(AezooError, match=f"cannot serve at port {port}"), command.server(tmp_path, port):
+        with pytest.raises(AezooError, match=f"cannot serve on port {port}"), command.server(tmp_path, port):
             pass
 
 

@@ -330,19 +330,19 @@ class Draws(broken_models.CorrectModel):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"what": "codes"}, "what is 'codes': take one of encode, decode, reconstruct, score, indices"),
-        ({"format": "tflite"}, "format is 'tflite': take one of onnx, pt2, safetensors"),
-        ({"units": "pixels"}, "units is 'pixels': take one of data, model"),
+        ({"what": "codes"}, "what is 'codes': choose from encode, decode, reconstruct, score, indices"),
+        ({"format": "tflite"}, "format is 'tflite': choose from onnx, pt2, safetensors"),
+        ({"units": "pixels"}, "units is 'pixels': choose from data, model"),
         ({"what": "indices"}, "vae has no indices.*it can export encode, decode, reconstruct, score"),
         ({"opset": 7}, "opset is 7: for format onnx, give a number from 18"),
         ({"opset": 18, "format": "pt2"}, "opset is 18: for format onnx"),
         ({"quantile": 2.0}, "quantile is 2.0"),
-        ({"what": "score", "score": "elbo"}, "vae draws random numbers in elbo.*take score deviance"),
+        ({"what": "score", "score": "elbo"}, "vae draws random numbers in elbo.*use score deviance"),
         ({"what": "score", "score": "combined"}, "combined must learn from samples: give --data or, in Python, fit_on"),
         ({"what": "score", "score": "typical"}, "unknown score 'typical'"),
         ({"what": "score", "score": "nap"}, "nap must learn from samples"),
         ({"what": "score", "contamination": 0.9}, "contamination is 0.9"),
-        ({"what": "score", "normal": "3", "calibrate_on": torch.rand(30, 6)}, "x has no labels to say what normal"),
+        ({"what": "score", "normal": "3", "calibrate_on": torch.rand(30, 6)}, "x has no labels to say what is normal"),
         ({"calibrate_on": torch.rand(3, 7)}, "expects samples of shape 6"),
         (
             {"what": "score", "score": "mahalanobis", "format": "safetensors", "calibrate_on": torch.rand(30, 6)},
@@ -383,7 +383,9 @@ def test_file_that_gives_other_values_is_not_written(tmp_path, monkeypatch, scal
     model = aezoo.create_model("dense_ae", (6,), latent_dim=2, likelihood="gaussian")
     model.data_units = DataUnits({"offset": torch.tensor(3.0), "factor": torch.tensor(2.0)})
     monkeypatch.setattr(graphs.Function, "_scaled", scaled)
-    with pytest.raises(AezooError, match=r"the file gives other values than the model, off by .* it can export encode"):
+    with pytest.raises(
+        AezooError, match=r"the values of the file differ from those of the model by .* it can export encode"
+    ):
         aezoo.export(model, what="score", format="pt2", calibrate_on=torch.rand(30, 6), out=str(tmp_path))
     assert not any(tmp_path.iterdir())
 
@@ -415,7 +417,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(AezooError, match=r"cannot write .*: (Not a directory|File exists); make room, or choose"):
+    with pytest.raises(AezooError, match=r"cannot write .*: (Not a directory|File exists); free disk space, or choose"):
         aezoo.export(aezoo.create_model("dense_ae", (6,)), format="safetensors", out=str(tmp_path / "file"))
 
 
@@ -466,7 +468,7 @@ def test_score_of_every_likelihood(likelihood, tmp_path):
     # an ONNX file is made from an exported program, which a pt2 file contains
     given = "pt2" if likelihood in NOT_IN_ONNX else "onnx"
     if likelihood in NOT_IN_ONNX:
-        with pytest.raises(AezooError, match=r"ONNX has no operator .*: take format pt2"):
+        with pytest.raises(AezooError, match=r"ONNX has no operator .*: use format pt2"):
             aezoo.export(model, what="score", calibrate_on=x, out=str(tmp_path))
     assert aezoo.export(model, what="score", format=given, calibrate_on=x, out=str(tmp_path)).difference < 1e-4
 

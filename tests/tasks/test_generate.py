@@ -215,7 +215,7 @@ def test_equal_training_samples_generate_same_sample(dense, prior):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"prior": "kde"}, "take one of auto, own, gaussian"),
+        ({"prior": "kde"}, "choose from auto, own, gaussian"),
         ({"prior": "own"}, "has no prior of its own"),
         ({"fit_on": None}, "give them as fit_on"),
         ({"fit_on": torch.rand(1, 1, 8, 8)}, "at least 2 codes"),
@@ -229,7 +229,7 @@ def test_equal_training_samples_generate_same_sample(dense, prior):
         ({"traverse": True, "fit_on": torch.rand(1, 1, 8, 8)}, "two at least: give them as fit_on"),
         ({"interpolate": True, "fit_on": torch.rand(1, 1, 8, 8)}, "needs two samples at least, x contains one"),
         ({"interpolate": True, "circle": True}, "has no prior: leave it out"),
-        ({"circle": True}, "ask for interpolate as well"),
+        ({"circle": True}, "give interpolate, too"),
         ({"quality": 5, "fit_on": torch.rand(1, 1, 8, 8)}, "two training samples at least"),
         ({"quality": 1}, "0 or at least 2"),
         ({"quality": 5, "traverse": True}, "leave out interpolate"),

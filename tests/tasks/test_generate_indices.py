@@ -52,7 +52,7 @@ def test_temperature_and_top_k_match_model_draws(name, tmp_path):
 def test_temperature_without_index_prior_is_refused(asked):
     for name in ("vae", "vq_vae"):
         model = aezoo.create_model(name, (1, 8, 8), net="mlp", hidden_dims=(8,))
-        with pytest.raises(AezooError, match="leave them out, or take pixelcnn or index_transformer"):
+        with pytest.raises(AezooError, match="leave them out, or use pixelcnn or index_transformer"):
             generate(model, **asked)
 
 

@@ -378,7 +378,10 @@ def test_every_kind_of_sample_is_completed_and_drawn(tmp_path, shape):
         ({"draws": 2}, "draws need a model with a Gaussian posterior and prior, such as vae, not linear_ae"),
         ({"n_compared": 0}, "n_compared"),
         ({"table": "xlsx"}, "table is 'xlsx'"),
-        ({"mask": np.ones((3, D), bool)}, r"the mask x is 3 of shape \(7,\), the samples are 2 of shape \(7,\)"),
+        (
+            {"mask": np.ones((3, D), bool)},
+            r"the mask x has 3 rows of shape \(7,\), but there are 2 samples of shape \(7,\)",
+        ),
         ({"mask": np.ones((1, D), bool)}, "sample 0 has no value that is not missing: leave it out"),
     ],
 )
@@ -394,7 +397,7 @@ def test_values_that_leave_all_bounds_are_refused():
     model, x = data.linear_ae(), holes(data.x[:4]).astype(np.float32)
     with torch.no_grad():
         model.decoder[0].weight.mul_(1e4)
-    with pytest.raises(AezooError, match="are not finite after 20 steps: take fewer --steps"):
+    with pytest.raises(AezooError, match="are not finite after 20 steps: use fewer --steps"):
         impute(model, x, **QUIET)
     x[0, 0] = np.inf
     with pytest.raises(AezooError, match="infinity"):

@@ -71,12 +71,12 @@ def test_unwritable_file_is_named(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Store(tmp_path) as store:
-        with pytest.raises(AezooError, match=r"cannot write \S+/t.csv: No space left .*: make room, or choose"):
+        with pytest.raises(AezooError, match=r"cannot write \S+/t.csv: No space left .*: free disk space, or choose"):
             store.write("t.csv", full)
         store.file("f", b"1")
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
     (tmp_path / "t.csv").mkdir()
-    with pytest.raises(AezooError, match=r"cannot write \S+/t.csv: .*; make room"), Store(tmp_path) as store:
+    with pytest.raises(AezooError, match=r"cannot write \S+/t.csv: .*; free disk space"), Store(tmp_path) as store:
         store.table("t", [{"a": 1}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "t.csv"]
 
@@ -104,7 +104,7 @@ def test_tables_preserve_float_precision(tmp_path):
 
 def test_uncreatable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(AezooError, match="choose a folder that can be written with --out"):
+    with pytest.raises(AezooError, match="choose a writable folder with --out"):
         Store(tmp_path / "file" / "out")
 
 
@@ -113,12 +113,15 @@ def test_array_beyond_disk_space_is_refused_first(tmp_path):
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
-        with Store(tmp_path) as store, pytest.raises(AezooError, match=r"x.npy, 0.0 GiB: File too large; make room"):
+        with (
+            Store(tmp_path) as store,
+            pytest.raises(AezooError, match=r"x.npy, 0.0 GiB: File too large; free disk space"),
+        ):
             store.array("x", (2**19,))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, kept)
-    with Store(tmp_path) as store, pytest.raises(AezooError, match=r"GiB: .*; make room, ask for less"):
+    with Store(tmp_path) as store, pytest.raises(AezooError, match=r"GiB: .*; free disk space, reduce it"):
         store.array("x", (2**40, 2**10))
     assert not [*tmp_path.iterdir()]
     with Store(None) as store, pytest.raises(AezooError, match="does not fit in memory"):

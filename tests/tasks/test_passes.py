@@ -98,7 +98,7 @@ def test_interrupted_command_resumes_bit_for_bit(words_of, tmp_path, monkeypatch
             with pytest.raises(SystemExit):
                 main(words_of(command, out))
         assert [path.name for path in out.iterdir()] == [f".{command}"]
-        assert f"the same command continues from what is in {out / f'.{command}'}" in capsys.readouterr().err
+        assert f"the same command continues from the results in {out / f'.{command}'}" in capsys.readouterr().err
         with monkeypatch.context() as patch:
             seen = counted(patch)
             main(words_of(command, out))

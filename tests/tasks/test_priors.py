@@ -188,7 +188,7 @@ def test_degenerate_codes_can_be_fitted(name, kind, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"name": "kde"}, "take one of gaussian, gmm, maf, knn"),
+        ({"name": "kde"}, "choose from gaussian, gmm, maf, knn"),
         ({"codes": np.zeros((1, 3))}, "at least 2 codes"),
         ({"codes": np.full((5, 3), np.nan)}, "NaN or infinite"),
         ({"n_components": 0}, "n_components"),

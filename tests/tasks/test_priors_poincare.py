@@ -45,7 +45,7 @@ def test_codes_on_the_boundary_and_at_the_centre_are_finite():
 
 
 def test_codes_outside_the_ball_are_refused():
-    with pytest.raises(AezooError, match="outside of the ball of radius 1"):
+    with pytest.raises(AezooError, match="outside the ball of radius 1"):
         Poincare(np.full((5, 2), 3.0), 1, 0, 1.0)
     with pytest.raises(AezooError, match="codes in a ball"):
         Poincare(codes(1.0), 1, 0, np.inf)

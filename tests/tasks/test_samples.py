@@ -130,7 +130,7 @@ def test_pictures_need_known_data_range(tmp_path, scale):
     seen, trained = trained_on(x[1:], x[0], scale)
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "a.png")
     for path in (tmp_path / "a.png", tmp_path):
-        with pytest.raises(AezooError, match="not known what white is") as refusal:
+        with pytest.raises(AezooError, match="value of white is not known") as refusal:
             read(str(path), trained)
         assert f"--input {path} " in str(refusal.value) and "\n" not in str(refusal.value)
     np.save(tmp_path / "x.npy", x[:1])
@@ -145,14 +145,14 @@ def test_any_image_folder_is_accepted_as_input(tmp_path, capsys):
     assert all_of(read(str(tmp_path / "test"), UNKNOWN)).shape == (3, 1, 4, 4)  # too few samples for training
     assert capsys.readouterr().err == ""
     assert len(read(str(tmp_path), UNKNOWN)) == 2
-    assert f"--input {tmp_path} has a training split, and only this is used" in capsys.readouterr().err
+    assert f"--input {tmp_path} has a training split, and only that is used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"x": np.ones((4, 3)), "y": np.arange(3)}, "x has 4 samples but 3 labels: one label a sample"),
-        ({"x": np.ones((4, 3)), "y": np.arange(5)}, "x has 4 samples but 5 labels: one label a sample"),
+        ({"x": np.ones((4, 3)), "y": np.arange(3)}, "x has 4 samples but 3 labels: give one label per sample"),
+        ({"x": np.ones((4, 3)), "y": np.arange(5)}, "x has 4 samples but 5 labels: give one label per sample"),
         (
             {"x_test": np.ones(3), "y": np.arange(5)},
             r"x_test has shape \(3,\): give samples \(N, \*shape\), one sample",
@@ -202,7 +202,7 @@ def test_scaling_precedes_binarisation(tmp_path):
     found = all_of(read(str(tmp_path / "x.npy"), data.units, {"binarise": "threshold"}))
     assert torch.equal(found, (inside > 0.5).float())
     np.save(tmp_path / "x.npy", x + 90)
-    with pytest.raises(AezooError, match="binarise needs values from 0 to 1: give such values"):
+    with pytest.raises(AezooError, match="binarise needs values from 0 to 1: give values in this range"):
         read(str(tmp_path / "x.npy"), data.units, {"binarise": "threshold"})
 
 

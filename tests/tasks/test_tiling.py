@@ -143,8 +143,8 @@ def test_blended_tiles_are_those_of_diffusers():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"blend": 0.7}, "blend takes a share"),
-        ({"blend": -0.1}, "blend takes a share"),
+        ({"blend": 0.7}, "blend must be a share"),
+        ({"blend": -0.1}, "blend must be a share"),
         ({"blend": 0.25, "tile": 2}, "at"),
     ],
 )

@@ -69,7 +69,7 @@ def test_cli_and_sklearn_choose_alike(tmp_path, monkeypatch, capsys, unit):
     X = np.random.default_rng(0).uniform(0, 1 if unit else 9, (60, 8))
     np.save("t.npy", X)
     main(["fit", "--model=dense_ae", "--data=t.npy", "--data.val_fraction=0", "--data.test_fraction=0", *OFF])
-    words = re.search("chosen by the data, unless you give them: (.*)", capsys.readouterr().out)[1]
+    words = re.search("chosen from the data, unless given: (.*)", capsys.readouterr().out)[1]
     model = AutoencoderTransformer(random_state=0).fit(X)
     chosen = dict(model.chosen_)
     values = ("none", "bernoulli") if unit else ("standard", "gaussian")
@@ -99,7 +99,7 @@ def test_given_values_win_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch,
     main(["fit", "-c", "mine.yaml", *OFF])
     assert "chosen by" not in capsys.readouterr().out
     main(["fit", "--model=dense_ae", "--data=t.npy", "--model.latent_dim=3", "--trainer.max_steps=4", *OFF])
-    chosen = re.search("chosen by .*: (.*)", capsys.readouterr().out)[1]
+    chosen = re.search("chosen from .*: (.*)", capsys.readouterr().out)[1]
     assert chosen == "data.scale standard, model.likelihood gaussian, data.batch_size 16"
     main(["fit", "--ckpt_path=runs/dense_ae-t/0", "--trainer.max_steps=6"])
     assert "chosen by" not in capsys.readouterr().out

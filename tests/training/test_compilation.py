@@ -132,7 +132,7 @@ def test_varying_training_step_is_not_compiled(caplog, graphs):
     for mode in ("auto", "default", "reduce-overhead"):
         caplog.clear()
         _, trainer = fit(model(mode, "eq_vae", (1, 4, 4), **settings), source=source, max_epochs=1)
-        assert "training step: not compiled, because its computation differs from step to step" in caplog.text
+        assert "training step: not compiled, because the computation differs from step to step" in caplog.text
         assert trainer.lightning_module._compiled_before is False
     assert not graphs
     caplog.clear()

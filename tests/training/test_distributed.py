@@ -233,7 +233,7 @@ def test_position_within_epoch_needs_equal_process_count():
     data = DataModule("digits")
     data.load_state_dict({"epoch": 1, "batches": 3, "world": 1})
     data.load_state_dict({"epoch": 1, "batches": 0, "world": 2})
-    with pytest.raises(AezooError, match="within an epoch of 2 processes"):
+    with pytest.raises(AezooError, match="within an epoch, with 2 processes"):
         data.load_state_dict({"epoch": 1, "batches": 3, "world": 2})
 
 
@@ -288,7 +288,7 @@ def test_channels_last_matches_in_multi_process_training(tmp_path, channels):
 
 
 def test_untested_strategies_are_refused(capsys):
-    message = "strategy FSDPStrategy is not supported: take auto or ddp, with which each process holds the whole model"
+    message = "strategy FSDPStrategy is not supported: use auto or ddp, with which each process has the whole model"
     model = create_model("dense_ae", (4,), hidden_dims=(), latent_dim=2)
     for strategy in (FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy), ModelParallelStrategy()):
         model._trainer = SimpleNamespace(strategy=strategy)
@@ -296,7 +296,7 @@ def test_untested_strategies_are_refused(capsys):
             model.setup("fit")
     for name in ("fsdp", "deepspeed_stage_2", "lightning.pytorch.strategies.ModelParallelStrategy", "tpu"):
         said = refused(capsys, "fit", "--model=vae", "--data.name=digits", f"--trainer.strategy={name}")
-        assert f"strategy {name.rpartition('.')[2]} is not supported: take auto or ddp" in said
+        assert f"strategy {name.rpartition('.')[2]} is not supported: use auto or ddp" in said
 
 
 @pytest.mark.parametrize("name", ["auto", "ddp", "ddp_spawn", "ddp_find_unused_parameters_true", DDPStrategy()])
@@ -460,7 +460,7 @@ def test_other_process_count_resumes_only_between_epochs(tmp_path, whole, monkey
     (last,) = (tmp_path / "within").glob("runs/*/0/checkpoints/last.ckpt")
     monkeypatch.chdir(tmp_path / "within")
     capsys.readouterr()
-    assert "within an epoch of 2 processes" in refused(capsys, *alone, f"--ckpt_path={last}")
+    assert "within an epoch, with 2 processes" in refused(capsys, *alone, f"--ckpt_path={last}")
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def trained(own, data):
     [
         ({"image": X[0]}, r"a batch must be x, \(x,\) or \(x, y\) of tensors, got a dict with 'image'"),
         ((["a"], X[0]), r"a batch must be .* got list"),
-        (X[0].double(), r"the data are float64, the model's weights float32: give x\.float\(\), or .*64-true"),
+        (X[0].double(), r"the data are float64, but the model's weights are float32: give x\.float\(\), or .*64-true"),
         ((X[0].numpy().astype(float), 1), "the data are float64"),
     ],
 )

@@ -122,7 +122,7 @@ class Endless(IterableDataset):
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:
-    with pytest.raises(AezooError, match="needs an end"):
+    with pytest.raises(AezooError, match="needs a last step"):
         rates(settings={"max_epochs": -1, "max_steps": -1}, lr_schedule="cosine")
     with pytest.raises(AezooError, match="max_steps"):
         rates(DataLoader(Endless(), batch_size=4), {"max_epochs": 1}, lr_schedule="cosine")

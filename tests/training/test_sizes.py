@@ -57,7 +57,7 @@ def test_random_states_do_not_change():
     [
         ("conv_ae", {"hidden_dims": (2,)}, "its weights belong to this size"),
         ("dense_ae", {"hidden_dims": (2,)}, "its weights belong to this size"),
-        pytest.param("diffusers_ae", {}, "take sides that are multiples of 2", marks=pytest.mark.slow),
+        pytest.param("diffusers_ae", {}, "use sides that are multiples of 2", marks=pytest.mark.slow),
     ],
 )
 def test_fixed_size_models_refuse_other_sizes_in_one_line(name, settings, said):

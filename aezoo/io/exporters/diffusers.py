@@ -58,7 +58,7 @@ def save_diffusers(model: Autoencoder, folder: str | Path) -> Path:
         AezooError: no class of diffusers is equivalent; or the files cannot be written.
     """
     name, config, state = _converted(model)
-    folder, cure = Path(folder), "make room, or choose a folder that can be written"
+    folder, cure = Path(folder), "free disk space, or choose a writable folder"
     config = {"_class_name": name, "_diffusers_version": _VERSION, **config}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     content = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
@@ -76,13 +76,15 @@ def _converted(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         return model.kind, diffusers.whole_config(net), {**net.state_dict(), **model.decoder.net.state_dict()}
     if name not in (*KL, *VQ, "taesd"):
         known = ", ".join((*KL, *VQ, "taesd", "diffusers_ae"))
-        raise AezooError(f"no class of diffusers computes what {name or type(model).__name__} does: it takes {known}")
+        raise AezooError(
+            f"diffusers has no class for {name or type(model).__name__}: models that it can run are {known}"
+        )
     _check_samples(model, name)
     if name == "taesd":
         return _tiny(model)
     if model.net != "ldm":
         raise AezooError(
-            f"diffusers has no network like net {model.net!r}, whose layers change grids in another way: train {name} "
+            f"diffusers has no network like net {model.net!r}, which resizes grids in another way: train {name} "
             "with net='ldm', which it has"
         )
     if model.activation != "silu":
@@ -101,7 +103,9 @@ def _converted(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         convs = {"use_quant_conv": False, "use_post_quant_conv": False}
         return "AutoencoderKL", {**config, **convs, "scaling_factor": scale, "shift_factor": shift}, state
     if model.cosine:
-        raise AezooError(f"VQModel of diffusers takes the nearest code, this {name} compares directions (cosine)")
+        raise AezooError(
+            f"VQModel of diffusers chooses the nearest code, this {name} the one of the nearest direction (cosine)"
+        )
     codes = model.quantiser.code_KD
     # VQModel always has a 1x1 convolution between the networks and the codes
     for key in ("quant_conv", "post_quant_conv"):
@@ -115,17 +119,17 @@ def _converted(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
 def _check_samples(model: Any, name: str) -> None:
     shape = model.input_shape
     if len(shape) != 3:
-        raise AezooError(f"diffusers has networks of images, (C, H, W), and this {name} takes {shape}")
+        raise AezooError(f"diffusers has networks for images, (C, H, W), and this {name} takes {shape}")
     if not isinstance(model.likelihood, Gaussian | Laplace | LogCosh):
         raise AezooError(
-            f"with likelihood {model.hparams['likelihood']!r} the network's output is no image, as diffusers expects: "
-            "train with gaussian, laplace or logcosh"
+            f"with likelihood {model.hparams['likelihood']!r} the network's output is not an image, as diffusers "
+            "expects: train with gaussian, laplace or logcosh"
         )
     factor = 2 ** len(model.hparams["hidden_dims"])
     if any(side % factor for side in shape[1:]):
         size = "x".join(map(str, shape[1:]))
         raise AezooError(
-            f"diffusers takes sides that are multiples of {factor}, this {name} images of {size}: export "
+            f"diffusers needs sides that are multiples of {factor}, this {name} has {size}: export "
             f"aezoo.at_size(model, SIZE) with such a SIZE"
         )
     if model.data_units is not None and model.data_units.scaling:
@@ -175,7 +179,7 @@ def _ldm_weights(model: Any, n: int) -> dict[str, Tensor]:
 def _tiny(model: Any) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Convert a taesd to AutoencoderTiny, whose stages all have the same channels; additional ones are 0."""
     if model.hparams["activation"] != "relu":
-        raise AezooError(f"AutoencoderTiny of diffusers adds with relu, this taesd has {model.hparams['activation']}")
+        raise AezooError(f"AutoencoderTiny of diffusers uses relu, this taesd has {model.hparams['activation']}")
     dims = model.hparams["hidden_dims"]
     channels, width = model.input_shape[0], max(dims, default=model.input_shape[0])
     state: dict[str, Tensor] = {}

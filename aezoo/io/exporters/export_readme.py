@@ -91,7 +91,7 @@ def section(name: str, metadata: Mapping[str, str], checked: str) -> str:
     if not is_graph:
         lines += [
             "",
-            f"The file contains the {metadata['function']} weights, no graph. Input scaling: {_scaling(metadata)}.",
+            f"The file contains the {metadata['function']} weights, but no graph. Input scaling: {_scaling(metadata)}.",
         ]
     elif "data_units" in metadata:
         lines += ["", f"Values are in the units of the training data. Scaling in the graph: {_scaling(metadata)}."]

@@ -66,10 +66,12 @@ def save_sae_lens(
     """
     name = name_of(type(model)) or type(model).__name__
     if name not in _ARCHITECTURES:
-        raise AezooError(f"SAELens has no model like {name}; it takes {', '.join(_ARCHITECTURES)}")
+        raise AezooError(f"SAELens has no model like {name}; models that it can run are {', '.join(_ARCHITECTURES)}")
     probe = torch.linspace(-2, 2, 5)
     if not torch.equal(model.likelihood.cpu().mean(probe), probe):
-        raise AezooError(f"SAELens has no output function, {name} with this likelihood has one: train it with gaussian")
+        raise AezooError(
+            f"SAELens has no output function, but {name} with this likelihood has one: train it with gaussian"
+        )
     if "://" in str(folder):
         raise AezooError(f"models are only saved to local folders, not to {folder}: upload the folder with SAELens")
     given = values.check_plain(dict(metadata or {}), "the metadata for SAELens")
@@ -77,7 +79,7 @@ def save_sae_lens(
     config["metadata"] = {"sae_lens_version": _FORMAT, **given}
     content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     text = json.dumps(config, indent=2) + "\n"
-    cure = "make room, or choose a folder that can be written"
+    cure = "free disk space, or choose a writable folder"
     atomic_files.write(Path(folder) / WEIGHTS, lambda file: file.write(save(content)), cure=cure)
     atomic_files.write(Path(folder) / CONFIG, lambda file: file.write(text.encode()), cure=cure)
     return Path(folder)
@@ -116,7 +118,9 @@ def _described(name: str, model: Any) -> tuple[dict[str, Any], dict[str, Tensor]
 
 def _add_transcoder(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     if len(model.targets) != 1 or model.n_rows != 2:
-        raise AezooError("SAELens' transcoders read one place and predict one: give targets of a sample with two rows")
+        raise AezooError(
+            "SAELens' transcoders read one row and predict one: train on samples of two rows, with one target"
+        )
     if model.activation not in ("relu", "jumprelu"):
         raise AezooError(f"SAELens' transcoders are ReLU or JumpReLU, this one has {model.activation}")
     config |= {"apply_b_dec_to_input": False, "d_out": model.decoder.W_NX.shape[1]}

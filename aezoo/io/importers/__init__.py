@@ -92,7 +92,7 @@ def import_model(address: str | Path) -> Imported:
     importer = find(source)
     if importer is None:
         formats = ", ".join(importlib.import_module(f"{__name__}.{name}").NAME for name in IMPORTERS)
-        raise AezooError(f"{address} has no format that aezoo reads; it reads {formats}")
+        raise AezooError(f"{address} has an unknown format: aezoo reads {formats}")
     return importer.read(source)
 
 

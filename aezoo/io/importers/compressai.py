@@ -65,7 +65,7 @@ _CONSTANTS: dict[str, tuple[float, ...]] = {
     f"{_BOTTLENECK}.target": (-_TAIL, 0.0, _TAIL),
     "context_prediction.mask": (*[1.0] * 12, *[0.0] * 13),
 }
-_TOO_LARGE = "it has far fewer weights than its shapes ask for: it is damaged"
+_TOO_LARGE = "it has far fewer weights than its shapes require: it is damaged"
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 
 
@@ -86,7 +86,7 @@ def read(source: WeightSource) -> Imported:
     state = _renamed(weights.check_tensors(_state_in(source.content(name)), Path(what), "compressai"), what)
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise AezooError(f"{what}: {key} has values that are NaN or infinite: it is damaged")
+            raise AezooError(f"{what}: {key} has values that are NaN or infinite: the file is damaged")
     settings = _settings(state, what)
     first = "g_a.0.conv1.weight" if "cheng" in settings["architecture"] else "g_a.0.weight"
     shape = (state[first].shape[1], _SIDE, _SIDE)
@@ -96,7 +96,7 @@ def read(source: WeightSource) -> Imported:
     model = _filled(shape, settings, state, tables, what)
     sizes = f"{shape[0]} channels, N = {settings['width']}, M = {settings['latent_dim']}"
     made = "those of the file" if tables is not None else "made from the weights: the file has none, see its update()"
-    return Imported(model, f"CompressAI, {settings['architecture']}, {sizes}", (f"tables of frequencies are {made}",))
+    return Imported(model, f"CompressAI, {settings['architecture']}, {sizes}", (f"the frequency tables are {made}",))
 
 
 def _state_in(content: Any) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _settings(state: Mapping[str, Tensor], what: str) -> dict[str, Any]:
     def size(key: str) -> int:
         if key not in state or state[key].ndim != 4:
             raise AezooError(
-                f"{what} has no {key} of a convolution: of CompressAI's models, those of Ballé et al. 2018, Minnen et "
-                "al. 2018 and Cheng et al. 2020 are read, not those of variable rate, latent codecs, videos or points"
+                f"{what} has no {key} of a convolution: the CompressAI models of Ballé et al. 2018, Minnen et al. 2018 "
+                "and Cheng et al. 2020 are read, not those of variable rate, latent codecs, videos or points"
             )
         return len(state[key])
 
@@ -168,7 +168,7 @@ def _take_tables(state: dict[str, Tensor], what: str) -> FrequencyTables | None:
             continue
         integers = all(part.dtype in (torch.int32, torch.int64) for part in parts)
         if not integers or [part.ndim for part in parts] != [2, 1, 1] or parts[0].shape[1] > MAX_ENTRIES:
-            raise AezooError(f"{what}: {of} has tables that are no integers of up to {MAX_ENTRIES:,} columns")
+            raise AezooError(f"{what}: {of} has tables that are not integers in up to {MAX_ENTRIES:,} columns")
         tables = FrequencyTables(*(part.clamp(-(2**31), 2**31 - 1).int() for part in parts))
         if (wrong := tables.check()) is not None:
             raise AezooError(f"{what}: the tables of {of} are damaged: {wrong}")
@@ -197,7 +197,7 @@ def _filled(
     if tables is not None:
         for part, values in zip(("cdf", "length", "offset"), tables, strict=True):
             if own[f"table_{part}"].shape != values.shape:
-                raise AezooError(f"{what} has {len(values)} tables, and its distributions ask for another number")
+                raise AezooError(f"{what} has {len(values)} tables, but its distributions require another number")
             own.pop(f"table_{part}").copy_(values)
     scales = state.pop(f"{_GAUSSIANS}.scale_table", torch.empty(0))
     if scales.numel():
@@ -210,18 +210,18 @@ def _filled(
         for pattern, new in _NAMES:
             key = re.sub(pattern, new, key)
         if (value := state.pop(key, None)) is None:
-            raise AezooError(f"{what} has no {key}, which {settings['architecture']} has: it is damaged")
+            raise AezooError(f"{what} has no {key}, which {settings['architecture']} has: the file is damaged")
         if not value.is_floating_point():
-            raise AezooError(f"{what}: {key} has {value.dtype} in place of real numbers")
+            raise AezooError(f"{what}: {key} has {value.dtype} instead of floating-point numbers")
         # the others have additional axes of length 1
         if [n for n in value.shape if n != 1] != [n for n in parameter.shape if n != 1]:
             raise AezooError(
-                f"{what}: {key} has shape {tuple(value.shape)}, the others ask for {tuple(parameter.shape)}"
+                f"{what}: {key} has shape {tuple(value.shape)}, the others require {tuple(parameter.shape)}"
             )
         with torch.no_grad():
             parameter.copy_(value.reshape(parameter.shape))
     if state:
         raise AezooError(
-            f"{what} is no {settings['architecture']} of CompressAI, for it also has {', '.join(sorted(state)[:3])}"
+            f"{what} is not a {settings['architecture']} of CompressAI: it also has {', '.join(sorted(state)[:3])}"
         )
     return model.eval()

@@ -30,8 +30,8 @@ NAME = "diffusers"
 INDEX = "model_index.json"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 UNKNOWN_SCALE = (
-    "the file does not state the factor by which a diffusion model scales codes: model.standardiser leaves them "
-    "(Stable Diffusion 1 and 2 0.18215, XL 0.13025, 3 1.5305 after a shift of 0.0609, FLUX.1 0.3611 after 0.1159)"
+    "the file does not state the factor by which a diffusion model scales codes: model.standardiser does not change "
+    "them (Stable Diffusion 1 and 2 0.18215, XL 0.13025, 3 1.5305 after a shift of 0.0609, FLUX.1 0.3611 after 0.1159)"
 )
 # default size of images, if not in the config or set by the user; weights do not depend on it
 _SIDE, _LARGEST_SIDE, _MOST_CHANNELS = 256, 2048, 1024
@@ -88,7 +88,7 @@ def host(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], what
     channels = arguments.get("in_channels", 3)
     if not isinstance(channels, int) or not 0 < channels <= _MOST_CHANNELS:
         raise AezooError(
-            f"{what}: in_channels of its {diffusers.CONFIG} is {str(channels)[:50]}, no number of channels"
+            f"{what}: in_channels of its {diffusers.CONFIG} is {str(channels)[:50]}, not a number of channels"
         )
     sides = arguments.get("sample_size")
     if name == split_diffusers.RAE:
@@ -144,7 +144,7 @@ def scale_note(model: Any) -> str:
     if "bn" in model.decoder.net._modules:
         factors = "the mean and variance in its weights"
     if not factors:
-        return "its config states no factor by which a diffusion model scales codes: model.standardiser leaves them"
+        return "its config does not state how a diffusion model scales codes: model.standardiser does not change them"
     return f"model.standardiser(z) gives codes for a diffusion model, with {factors}"
 
 
@@ -235,7 +235,7 @@ def _component(source: WeightSource) -> str:
     chosen = [name for name in known if name == "vae"] or known
     if len(chosen) != 1:
         have = f"several, {', '.join(known)}: give the folder of one" if known else "none"
-        raise AezooError(f"{source.address} is a pipeline of diffusers; of autoencoders it has {have}")
+        raise AezooError(f"{source.address} is a pipeline of diffusers; autoencoders in it: {have}")
     if not source.has(f"{chosen[0]}/{diffusers.CONFIG}"):
         raise AezooError(f"{source.address} has no {chosen[0]}/{diffusers.CONFIG}, which its {INDEX} names")
     return chosen[0]
@@ -271,7 +271,7 @@ def _shards(source: WeightSource, folder: str, index: str, suffix: str) -> list[
     names = sorted(set(places.values()))
     for name in names:
         if PurePosixPath(name).name != name or not name.endswith(suffix):
-            raise AezooError(f"{source.label(index)} is refused: {name[:100]!r} is no {suffix} file beside it")
+            raise AezooError(f"{source.label(index)} is refused: {name[:100]!r} is not a {suffix} file beside it")
         if not source.has(f"{folder}{name}"):
             raise AezooError(f"{source.address} has no {folder}{name}, which its index names: download it too")
     return [f"{folder}{name}" for name in names]
@@ -279,10 +279,10 @@ def _shards(source: WeightSource, folder: str, index: str, suffix: str) -> list[
 
 def _notes(model: Any, folder: str, files: list[str]) -> tuple[str, ...]:
     of = [name.removeprefix(folder) for name in files]
-    weights_in = of[0] if len(of) == 1 else f"{len(of)} files, {of[0]} and so on"
+    weights_in = of[0] if len(of) == 1 else f"{len(of)} files, from {of[0]} on"
     sides = "x".join(map(str, model.input_shape[1:]))
-    others = "no others" if model.kind == split_diffusers.RAE else "others"
-    notes = (f"weights from {weights_in}; built for images of {sides}, takes {others}", scale_note(model))
+    others = "no other sizes" if model.kind == split_diffusers.RAE else "other sizes"
+    notes = (f"weights from {weights_in}; built for images of {sides}, accepts {others}", scale_note(model))
     if model.kind == split_diffusers.CONSISTENCY:
         return (*notes, "a code is decoded from the same noise each time: model.decoder.draw(z) draws it")
     return notes
@@ -329,7 +329,7 @@ def _read_single(source: WeightSource) -> Imported:
     what = source.label(file)
     if kind := _needs_config(source.keys(file)):
         raise AezooError(
-            f"{what} contains weights of {kind}, which do not tell its arguments: put its config.json beside it"
+            f"{what} contains weights of {kind}, which do not determine its arguments: put its config.json beside it"
         )
     state = source.some_tensors(file, ("",))
     if (

@@ -30,8 +30,8 @@ def read(source: WeightSource) -> Imported:
     found = float_tensors(source.tensors(WEIGHTS), label, _NAMES, [_SKIP])
     if found["w_dec"].ndim == 3:
         raise AezooError(
-            f"{label}: a cross-layer transcoder, whose latents write to {found['w_dec'].shape[1]} layers: the zoo's "
-            "transcoders write to one"
+            f"{label}: a cross-layer transcoder, whose latents write to {found['w_dec'].shape[1]} layers: transcoders "
+            "in aezoo write to one"
         )
     read_at, written_at = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
     by_name = any(word in source.location.lower() for word in ("transcoder", "clt"))

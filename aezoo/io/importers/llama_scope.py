@@ -1,7 +1,7 @@
 """Folders of Llama Scope (He et al. 2024), https://arxiv.org/abs/2410.20526
 
     hyperparams.json, checkpoints/final.safetensors     one threshold for all latents
-    config.json, sae_weights.safetensors                a threshold a latent, as in Llama-Scope-R1-Distill
+    config.json, sae_weights.safetensors                one threshold per latent, as in Llama-Scope-R1-Distill
 
 Training multiplies activations by sqrt(d) / their mean norm, which is folded into the weights. The one threshold is of
 pre-activations divided by that factor (https://github.com/OpenMOSS/Language-Model-SAEs at b932639), hence multiplied by
@@ -44,7 +44,7 @@ def read(source: WeightSource) -> Imported:
     config, label = source.json(config_name), source.label(config_name)
     kind = value_of(config, "act_fn", str, label, "jumprelu").lower()
     if kind != "jumprelu" or value_of(config, "use_glu_encoder", bool, label, False):
-        raise AezooError(f"{label}: act_fn is {kind[:40]!r} or the encoder is gated; Llama Scope's are JumpReLU")
+        raise AezooError(f"{label}: act_fn is {kind[:40]!r} or the encoder is gated; Llama Scope's models are JumpReLU")
     tensors = source.tensors(name)
     if not first:
         config = config | _norms_of(tensors, config, source.label(name))
@@ -108,5 +108,5 @@ def _norms_of(tensors: dict[str, Tensor], config: dict[str, Any], label: str) ->
     if any(tensor is None for tensor in found.values()):
         return {}
     if any(tensor is None or tensor.numel() != 1 for tensor in found.values()):
-        raise AezooError(f"{label}: {_NORM} must be one number a place")
+        raise AezooError(f"{label}: {_NORM} must be one number per hook point")
     return {_NORM: {side: float(tensor) for side, tensor in found.items() if tensor is not None}}

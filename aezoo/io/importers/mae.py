@@ -33,7 +33,7 @@ _NEW_WIDTH, _NEW_DEPTH = 512, 8
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 # tolerance for tables in half precision
 _POSITION_TOLERANCE = 2e-3
-_TOO_LARGE = "the file has far fewer weights than its shapes and names of blocks ask for"
+_TOO_LARGE = "the file has far fewer weights than its shapes and names of blocks require"
 
 
 def recognise(source: WeightSource) -> bool:
@@ -118,7 +118,7 @@ class _Reader:
             if whole:
                 self.fill_decoder(model.decoder)
         if self.state:
-            raise AezooError(f"{self.label} is no MAE, for it also has {', '.join(sorted(self.state)[:3])}")
+            raise AezooError(f"{self.label} is not an MAE: it also has {', '.join(sorted(self.state)[:3])}")
         sizes = f"width {settings['width']}, {settings['depth']} blocks, patches of {settings['patch_size']}"
         parts = "encoder and decoder" if whole else "encoder"
         return Imported(model.eval(), f"{library}, {parts}, {sizes}, images of {shape}", tuple(self.notes))
@@ -134,7 +134,7 @@ class _Reader:
         ratio = self.number("mask_ratio", 0.75)
         act = self.config.get("hidden_act", "gelu")
         if act not in _ACTIVATIONS or not 0 < ratio < 1:
-            raise AezooError(f"{self.label}: no mae has hidden_act {act!r} and mask_ratio {ratio}")
+            raise AezooError(f"{self.label}: mae does not support hidden_act {act!r} with mask_ratio {ratio}")
         found: dict[str, Any] = {
             "patch_size": patch[0], "width": width, "depth": depth, "activation": _ACTIVATIONS[act],
             "heads": self.number("num_attention_heads", _HEADS_OF_HUGE if width == _HUGE else max(1, width // _HEAD)),
@@ -152,9 +152,9 @@ class _Reader:
                 "the decoder predicts normalised patches; the head for their mean and deviation is untrained"
             )
         if not whole:
-            self.notes.append("there is no decoder in the file: that of the model is untrained")
+            self.notes.append("the file has no decoder: the decoder of the model is untrained")
         if channels != 3:
-            self.notes.append(f"{channels} channels have no mean and deviation of ImageNet: give normalised samples")
+            self.notes.append(f"{channels} channels have no ImageNet mean and deviation: give normalised samples")
         return (channels, *sides), found
 
     def count(self, start: str) -> int:
@@ -165,7 +165,7 @@ class _Reader:
         """Return a number from the configuration."""
         value = self.config.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise AezooError(f"{self.label}: {name} is {value!r} and no number")
+            raise AezooError(f"{self.label}: {name} is {value!r}, not a number")
         return value
 
     # ---- weights -----------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class _Reader:
         if tensor is None:
             raise AezooError(f"{self.label} has no {name}: it is damaged, or another model")
         if tensor.numel() != math.prod(shape):
-            raise AezooError(f"{self.label}: {name} has shape {tuple(tensor.shape)}, and the others ask for {shape}")
+            raise AezooError(f"{self.label}: {name} has shape {tuple(tensor.shape)}, but the others require {shape}")
         return tensor.reshape(shape)
 
     def copy(self, parameter: Tensor, name: str) -> None:
@@ -222,7 +222,7 @@ class _Reader:
     def fill_decoder(self, decoder: Any) -> None:
         *blocks, norm = decoder.blocks.children()
         if self.copy_positions(decoder.positions.table_ND, "decoder_pos_embed").any():
-            raise AezooError(f"{self.label}: decoder_pos_embed has a place for the class token, which MAE has not")
+            raise AezooError(f"{self.label}: decoder_pos_embed has a position for the class token, unlike that of MAE")
         self.copy_layer(decoder.embed, "decoder_embed")
         self.copy(decoder.mask_token, "mask_token")
         self.copy_blocks(blocks, "decoder_blocks")

@@ -132,7 +132,7 @@ class Weights:
             wanted = f"({'any number' if outputs is None else outputs}, {inputs})"
             raise AezooError(
                 f"{self.label}: {name} has the shapes {found} and {tuple(bias.shape)}; configuration and other layers "
-                f"ask for {wanted}: they are not of one model"
+                f"require {wanted}: they do not belong to one model"
             )
         return weight, bias
 

@@ -29,13 +29,13 @@ from aezoo.io.importers.sparse_dictionary import float_tensors, value_of
 NAME = "MultiVae"
 CONFIG, WEIGHTS = "model_config.json", "model.pt"
 _HEADS = {False: ("embedding", "log_var"), True: ("embedding", "style_embedding", "log_var", "style_log_var")}
-_JOINT = "its joint encoder reads the codes of the parts' encoders, that of {0} whole samples: train {0}"
+_JOINT = "its joint encoder reads the codes of the parts' encoders, but that of {0} reads whole samples: train {0}"
 _REFUSED = {
     "JMVAE": _JOINT.format("jmvae"),
     "JNF": _JOINT.format("jnf"),
     "TELBO": _JOINT.format("telbo"),
     "MoPoE": "it multiplies the product of all parts by the prior, which mopoe_vae does not: train mopoe_vae",
-    "CVAE": "it is given a modality, conditional_vae a label: train conditional_vae",
+    "CVAE": "its condition is a modality, that of conditional_vae a label: train conditional_vae",
     "Nexus": "its networks are not those of nexus: train nexus",
     "MHVAE": "its networks are code, which is never run: train mhvae",
 }
@@ -53,10 +53,10 @@ def read(source: WeightSource) -> Imported:
     label = source.label(CONFIG)
     kind = value_of(source.json(CONFIG), "name", str, label).removesuffix("Config")
     if kind in _REFUSED:
-        raise AezooError(f"{label}: MultiVae's {kind} is not read, since {_REFUSED[kind]}")
+        raise AezooError(f"{label}: MultiVae's {kind} cannot be read: {_REFUSED[kind]}")
     if kind not in _READERS:
         raise AezooError(
-            f"{label}: no model of the zoo is MultiVae's {kind[:40]!r}; of its classes are read {', '.join(_READERS)}"
+            f"{label}: there is no model for MultiVae's {kind[:40]!r}; classes that can be read: {', '.join(_READERS)}"
         )
     if source.json(CONFIG)["custom_architectures"]:
         raise AezooError(
@@ -76,7 +76,7 @@ class _Folder:
         settings: the configuration.
         parts: shapes of the modalities by their names.
         latent_dim: D.
-        notes: what differs from MultiVae, and how samples are laid out, a line each.
+        notes: what differs from MultiVae, and how samples are laid out, one line each.
     """
 
     weights: Weights
@@ -87,15 +87,13 @@ class _Folder:
         dims = value_of(self.settings.values, "input_dims", dict, self.label)
         if not dims or any(not name.isprintable() or "." in name or not 0 < len(name) <= 100 for name in dims):
             raise AezooError(
-                f"{self.label}: input_dims must have the modalities' names of up to 100 letters, without dots"
+                f"{self.label}: input_dims must have names of the modalities, of up to 100 letters and without dots"
             )
         self.parts = {name: shape_of(dims[name], f"{self.label}: {name} of input_dims") for name in dims}
         if len(self.parts) != self.settings.count("n_modalities", len(self.parts)):
-            raise AezooError(
-                f"{self.label}: input_dims has {len(self.parts)} modalities, n_modalities is another number"
-            )
+            raise AezooError(f"{self.label}: input_dims has {len(self.parts)} modalities, n_modalities is different")
         if len(self.parts) < 2:
-            raise AezooError(f"{self.label}: input_dims has one modality alone: train vae")
+            raise AezooError(f"{self.label}: input_dims has only one modality: train vae")
         self.latent_dim = self.settings.count("latent_dim")
         self._check_scales()
         self.input_shape, self.sizes, note = _layout(self.parts)
@@ -106,17 +104,15 @@ class _Folder:
         kinds = self._by_part("decoders_dist", "normal")
         if wrong := [f"{name} is {kind!r:.40}" for name, kind in kinds.items() if kind != "normal"]:
             raise AezooError(
-                f"{self.label}: decoders_dist of {wrong[0]}, and default decoders end in a sigmoid, which in the zoo "
-                "goes with normal alone"
+                f"{self.label}: decoders_dist of {wrong[0]}, but default decoders end in a sigmoid, for which aezoo "
+                "supports only normal"
             )
         params = self._by_part("decoder_dist_params", {})
         if not all(isinstance(value, dict) for value in params.values()):
             raise AezooError(f"{self.label}: decoder_dist_params must hold a dictionary for each modality")
         scales = {Settings(value, self.label).above_zero("scale", 1.0) for value in params.values()}
         if len(scales) > 1:
-            raise AezooError(
-                f"{self.label}: the scales of the modalities differ, and models of the zoo have one for all"
-            )
+            raise AezooError(f"{self.label}: the scales of the modalities differ, and models of aezoo have one for all")
         return f"sigmoid_gaussian:{scales.pop()!r}"
 
     def _by_part(self, key: str, default: Any) -> dict[str, Any]:
@@ -137,7 +133,7 @@ class _Folder:
         if any(factor != 1 for factor in factors):
             raise AezooError(
                 f"{self.label}: the likelihoods of its modalities have weights (uses_likelihood_rescaling), which no "
-                "model of the zoo has: train one without"
+                "model of aezoo supports: train one without"
             )
 
     def open(self, private: int = 0, others: tuple[str, ...] = ()) -> None:
@@ -203,8 +199,8 @@ class _Folder:
         """Reject a prior that aezoo does not support."""
         if self.tensor(name, size).any():
             raise AezooError(
-                f"{self.weights.label}: {name} is not 0, so its prior is not the N(0, I) of the zoo: train with one "
-                "that is not learned"
+                f"{self.weights.label}: {name} is not 0, so its prior is not N(0, I) as in aezoo: train with a "
+                "prior that is not learned"
             )
 
     def check_sampling(self) -> None:
@@ -212,9 +208,11 @@ class _Folder:
         self.settings.choice("prior_and_posterior_dist", "laplace_with_softmax", {"normal": ""})
         self.settings.choice("loss", "dreg_looser", {"iwae_looser": "", "dreg_looser": ""})
         if (k := self.settings.count("K", 10)) != 1:
-            raise AezooError(f"{self.label}: K is {k}, and the zoo's bound of mixtures has one draw of each component")
+            raise AezooError(
+                f"{self.label}: K is {k}, but the bound of mixtures in aezoo takes one draw of each component"
+            )
         self.notes.append(
-            "the KL of each component is the closed form, MultiVae's that of the draw, with the same mean"
+            "the KL of each component is the closed form, in MultiVae an estimate from the draw, with the same mean"
         )
 
 
@@ -238,7 +236,7 @@ def _mvae(folder: _Folder) -> Autoencoder:
         )
     subsets = value_of(given.values, "k", int, folder.label, 0) if len(folder.parts) > 2 else 0
     if subsets:
-        folder.notes.append("of random subsets first the size is drawn, in MultiVae each is as likely as the others")
+        folder.notes.append("for random subsets, the size is drawn first; in MultiVae all subsets are equally likely")
     if given.number("warmup", 10):
         folder.notes.append("the warm-up of beta is over")
     return folder.model("mvae", beta=given.number("beta", 1.0), n_subsets=subsets)
@@ -252,7 +250,7 @@ def _mvtcae(folder: _Folder) -> Autoencoder:
 
 def _crmvae(folder: _Folder) -> Autoencoder:
     folder.open()
-    folder.notes.append("the loss weighs its terms as the paper does, MultiVae the likelihoods by 1 / (2 M + 2)")
+    folder.notes.append("the loss weights its terms as in the paper; MultiVae weights the likelihoods by 1 / (2 M + 2)")
     return folder.model("crmvae", beta=folder.settings.number("beta", 2.5))
 
 
@@ -266,7 +264,7 @@ def _dmvae(folder: _Folder) -> Autoencoder:
     own = Settings(betas if isinstance(betas, dict) else {}, folder.label)
     if any(own.number(name, 1.0) != beta for name in folder.parts):
         raise AezooError(f"{folder.label}: modalities_specific_betas must be beta for all modalities to fit dmvae")
-    folder.notes.append("in cross_nelbo, a part's code is its expert times the prior, in MultiVae the expert alone")
+    folder.notes.append("in cross_nelbo, a part's code is its expert times the prior, in MultiVae only the expert")
     return folder.model("dmvae", beta=beta)
 
 
@@ -303,7 +301,7 @@ def _cmvae(folder: _Folder) -> Autoencoder:
         folder.check_zero(name, private)
     model = folder.model("cmvae", beta=folder.settings.number("beta", 1.0), n_components=k)
     _set_private_priors(folder, model, "r_logvars_priors")
-    folder.notes.append("the code of several parts is the mean of their mixture, in MultiVae that of a part at random")
+    folder.notes.append("the code of several parts is the mean of their mixture, in MultiVae the code of a random part")
     with torch.no_grad():
         model.weight_K.copy_(folder.tensor("_pc_params", k))
         for values_KD, kind in ((model.mean_KD, "mean"), (model.log_var_KD, "logvar")):

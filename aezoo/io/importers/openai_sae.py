@@ -1,7 +1,7 @@
 """OpenAI's sparse autoencoders of GPT-2 (Gao et al. 2024): one `.pt` file each.
 
-Source: https://github.com/openai/sparse_autoencoder. TopK ones normalise each sample, ReLU ones do not, as its loader
-has it.
+Source: https://github.com/openai/sparse_autoencoder. As in its loader, TopK models normalise each sample, ReLU models
+do not.
 """
 
 from typing import Any
@@ -63,7 +63,7 @@ def read(source: WeightSource) -> Imported:
 def _k(state: dict[str, Any], label: str) -> int:
     function = value_of(state, "postact_fn", str, label, "ReLU")
     if function != "ReLU":
-        raise AezooError(f"{label}: TopK with {function[:40]!r} after it; the zoo's has ReLU")
+        raise AezooError(f"{label}: TopK with {function[:40]!r} after it; aezoo's TopK has ReLU")
     k = state.get("k")
     if isinstance(k, Tensor) and k.numel() == 1 and k.dtype in (torch.int32, torch.int64):
         return int(k)

@@ -34,10 +34,10 @@ _SCALES = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 _MOST_LOGIT = 16.0
 _BOUND = "the value of the loss is minus the bound; pythae's is a weighted sum with the same gradient"
 _REFUSED = {
-    "HVAE": "it takes softplus of the log-variance for a deviation, which hvae does not: train hvae",
-    "RHVAE": "its metric reads samples, that of rhvae codes: train rhvae",
-    "PoincareVAE": "it takes outputs of its encoder for points of the ball, poincare_vae maps them: train poincare_vae",
-    "VAE_IAF": "its steps have several hidden layers and do not read the sample, unlike those of vae_iaf: train that",
+    "HVAE": "it uses the softplus of the log-variance as a deviation, which hvae does not: train hvae",
+    "RHVAE": "its metric reads samples, but that of rhvae reads codes: train rhvae",
+    "PoincareVAE": "it uses the encoder's outputs as points of the ball, poincare_vae maps them: train poincare_vae",
+    "VAE_IAF": "its steps have several hidden layers and do not read the sample as in vae_iaf: train vae_iaf",
 }
 
 
@@ -52,10 +52,10 @@ def read(source: WeightSource) -> Imported:
     """Read the model, after all checks."""
     folder = _Folder(source)
     if folder.kind in _REFUSED:
-        raise AezooError(f"{folder.label}: pythae's {folder.kind} is not read, since {_REFUSED[folder.kind]}")
+        raise AezooError(f"{folder.label}: pythae's {folder.kind} cannot be read: {_REFUSED[folder.kind]}")
     if folder.kind not in _READERS:
         raise AezooError(
-            f"{folder.label}: no model of the zoo is pythae's {folder.kind[:40]!r}; of its classes are read "
+            f"{folder.label}: there is no model for pythae's {folder.kind[:40]!r}; classes that can be read: "
             f"{', '.join(_READERS)}"
         )
     for part in ("encoder", "decoder", "discriminator"):
@@ -80,7 +80,7 @@ class _Folder:
         input_shape: shape of a sample, X values.
         latent_dim: D.
         weights: layers of the file, after `open`.
-        notes: what differs from pythae, a line each.
+        notes: what differs from pythae, one line each.
     """
 
     weights: Weights
@@ -118,7 +118,7 @@ class _Folder:
         self.outputs = {head: self.weights.layer(f"encoder.{head}", self.width) for head in of_encoder}
         for head, (_, bias) in self.outputs.items():
             if len(bias) != (1 if head == "log_concentration" else self.latent_dim):
-                raise AezooError(f"{what}: encoder.{head} has {len(bias)} outputs, and latent_dim is {self.latent_dim}")
+                raise AezooError(f"{what}: encoder.{head} has {len(bias)} outputs, but latent_dim is {self.latent_dim}")
 
     def model(
         self, name: str, code: Sequence[str] = ("embedding", "log_var"), constant: Tensor | None = None, **settings: Any
@@ -187,7 +187,7 @@ def _beta_tcvae(folder: _Folder) -> Autoencoder:
     folder.open("log_var")
     given, mss = folder.settings, folder.settings.flag("use_mss", True)
     if mss:
-        folder.notes.append("mi, tc and dwkl have the weights 1/N on the diagonal, pythae's (use_mss) in a column")
+        folder.notes.append("mi, tc and dwkl have the weights 1/N on the diagonal, in pythae (use_mss) in a column")
     weights = {name: given.number(name, 1.0) for name in ("alpha", "beta", "gamma")}
     return folder.vae("beta_tcvae", estimator="mss" if mss else "mws", **weights)
 
@@ -265,7 +265,7 @@ def _vae_gan(folder: _Folder) -> Autoencoder:
     folder.open("log_var", ignored="discriminator.")
     share = folder.settings.above_zero("adversarial_loss_scale", 0.5)
     folder.notes.append(
-        "the discriminator is untrained, as pythae's has other layers: feature_nll and discriminator are not pythae's"
+        "the discriminator is untrained, as pythae's has other layers: feature_nll and discriminator are different"
     )
     return folder.vae("vae_gan", gamma=(1 - share) / share)
 
@@ -369,7 +369,9 @@ def _rae_gp(folder: _Folder) -> Autoencoder:
 
 def _msssim_vae(folder: _Folder) -> Autoencoder:
     folder.open("log_var")
-    folder.notes.append("the similarity in nll is that of Wang et al. of each image; pythae has another of the batch")
+    folder.notes.append(
+        "the similarity in nll is that of Wang et al. for each image; pythae computes another one of the batch"
+    )
     beta, window = folder.settings.number("beta", 1.0), folder.settings.count("window_size", 11)
     return folder.vae("msssim_vae", weight=1.0, beta=beta, window=window)
 
@@ -390,13 +392,13 @@ def _vae_lin_nf(folder: _Folder) -> Autoencoder:
         sizes = (d, d, 1) if kind == "planar" else (d, 1, 1)
         if tuple(values.numel() for values in found) != sizes:
             shapes = ", ".join(str(tuple(values.shape)) for values in found)
-            raise AezooError(f"{label}: net.{t} has the shapes {shapes}, and latent_dim is {d}")
+            raise AezooError(f"{label}: net.{t} has the shapes {shapes}, but latent_dim is {d}")
         first, second, third = (values.double().flatten() for values in found)
         steps.append((_planar if kind == "planar" else _radial)(first, second, third, f"{label}: net.{t}"))
     if kind == "planar":
-        folder.notes.append("kl is without the 1e-4 that pythae adds to each step's determinant")
+        folder.notes.append("kl does not have the 1e-4 that pythae adds to each step's determinant")
     folder.notes += [
-        "the KL of q_0 is the closed form, pythae's that of the draw, with the same mean",
+        "the KL of q_0 is the closed form, in pythae an estimate from the draw, with the same mean",
         "the steps are the same for all samples; further training lets them depend on the sample",
     ]
     # the flow steps are the same for all samples: encoder outputs with weights 0
@@ -408,7 +410,7 @@ def _planar(w_D: Tensor, u_D: Tensor, b: Tensor, what: str) -> Tensor:
     """Convert u, w, b of a planar step to aezoo's parameters, with which any u is invertible."""
     w_u = w_D @ u_D
     if not w_u > -1 + FLOOR:
-        raise AezooError(f"{what} is no invertible step, as w u = {w_u:g} is not above -1: no density is known of it")
+        raise AezooError(f"{what} is not an invertible step, as w u = {w_u:g} is not above -1: it has no density")
     u_D = u_D + (inverse_above_minus_one(w_u) - w_u) * w_D / (w_D @ w_D).clamp_min(1e-12)
     return torch.cat([u_D, w_D, b]).float()
 
@@ -418,7 +420,7 @@ def _radial(centre_D: Tensor, log_alpha: Tensor, beta: Tensor, what: str) -> Ten
     alpha = log_alpha.exp()
     share = F.softplus(beta) / alpha - 1
     if not (FLOOR < alpha < 1e6 and -1 + FLOOR < share < 1e6):
-        raise AezooError(f"{what} has a factor outside of what vae_flow represents: alpha {alpha.item():g}")
+        raise AezooError(f"{what} has a factor that vae_flow cannot represent: alpha {alpha.item():g}")
     a = torch.log(torch.expm1(alpha - FLOOR)) if alpha < 30 else alpha - FLOOR
     return torch.cat([centre_D, a, inverse_above_minus_one(share)]).float()
 

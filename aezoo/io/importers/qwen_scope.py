@@ -32,7 +32,7 @@ def read(source: WeightSource) -> Imported:
     label = source.label(files[0])
     k = _K.findall(source.location)
     if not k:
-        raise AezooError(f"{label}: k is only in the repository's name: call its folder as there, e.g. ...-W64K-L0_50")
+        raise AezooError(f"{label}: k is only in the repository's name: name its folder like that, e.g. ...-W64K-L0_50")
     found = float_tensors(source.tensors(files[0]), label, ("W_enc", "W_dec", "b_enc", "b_dec"))
     dictionary = SparseDictionary(
         W_enc=found["W_enc"],

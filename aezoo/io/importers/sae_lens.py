@@ -37,7 +37,9 @@ def read(source: WeightSource) -> Imported:
     kind = _architecture(config, label)
     if kind not in (*_TOPK, *_TRANSCODERS, *_PENALISED):
         known = ", ".join((*_PENALISED, *_TOPK, *_TRANSCODERS))
-        raise AezooError(f"{label}: no model of the zoo has the architecture {kind[:40]!r}; those read are {known}")
+        raise AezooError(
+            f"{label}: there is no model for the architecture {kind[:40]!r}; architectures that can be read: {known}"
+        )
     tensors = dict(source.tensors(WEIGHTS))
     scale = tensors.pop("scaling_factor", None)
     required = [*_COMMON, *(("b_gate", "r_mag", "b_mag") if kind == "gated" else ("b_enc",))]
@@ -85,7 +87,7 @@ def _architecture(config: dict[str, Any], label: str) -> str:
         kind = "topk"
     if activation not in ("relu", *(["topk"] * (kind == "topk"))):
         raise AezooError(
-            f"{label}: {kind[:40]} with the activation {activation[:40]!r}: the zoo has relu, and topk of standard"
+            f"{label}: {kind[:40]} with the activation {activation[:40]!r}: aezoo has relu, and topk for standard"
         )
     return kind
 
@@ -121,7 +123,7 @@ def _notes(config: dict[str, Any], label: str) -> tuple[str, ...]:
     if config.get("normalize_activations") in (True, "expected_average_only_in"):
         notes.append(UNKNOWN_SCALE)
     if value_of(config, "reshape_activations", str, label, "none") == "hook_z":
-        notes.append("the heads of hook_z are flattened before, (n_heads, d_head) -> (d_in,)")
+        notes.append("flatten the heads of hook_z first, (n_heads, d_head) -> (d_in,)")
     return tuple(notes)
 
 

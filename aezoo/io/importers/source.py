@@ -123,7 +123,7 @@ class WeightSource:
             content = json_files.read(self.path(name), most, self.label(name))
             if not isinstance(content, dict):
                 raise AezooError(
-                    f"cannot read {self.label(name)}: it contains a {type(content).__name__} in place of an object"
+                    f"cannot read {self.label(name)}: it contains a {type(content).__name__} instead of an object"
                 )
             self._read[name] = content
         found: dict[str, Any] = self._read[name]
@@ -172,7 +172,7 @@ class WeightSource:
             with self._header(name) as file:
                 return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
         if (found := self._state_dict(name)) is None:
-            raise AezooError(f"{self.label(name)} contains no weights by their names")
+            raise AezooError(f"{self.label(name)} contains no named weights")
         return self._dense({key: value for key, value in found.items() if key.startswith(prefixes)}, name)
 
     def _state_dict(self, name: str) -> dict[str, Any] | None:
@@ -183,7 +183,7 @@ class WeightSource:
 
     def _dense(self, found: object, name: str) -> dict[str, Tensor]:
         if not isinstance(found, dict):
-            raise AezooError(f"{self.label(name)} contains a {type(found).__name__} in place of named tensors")
+            raise AezooError(f"{self.label(name)} contains a {type(found).__name__} instead of named tensors")
         return weights.check_tensors(found, Path(self.label(name)), "any model")
 
     @contextlib.contextmanager

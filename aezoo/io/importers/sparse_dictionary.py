@@ -114,7 +114,7 @@ class SparseDictionary:
             raise AezooError(f"{label}: transcoders are ReLU, TopK or JumpReLU, not {_NAMES[self.activation]}")
         if self.transcoder and (x != y or self.input_norm != "none"):
             why = f"reads {x} and writes {y} values" if x != y else "normalises its input"
-            raise AezooError(f"{label}: a transcoder that {why} cannot be represented by the zoo's transcoder")
+            raise AezooError(f"{label}: a transcoder that {why} cannot be represented by aezoo's transcoder")
         if self.W_skip is not None and not self.transcoder:
             raise AezooError(f"{label}: a skip connection in an autoencoder would copy its input")
 
@@ -333,7 +333,9 @@ def check_sizes(config: Mapping[str, Any], sizes: Mapping[str, int], label: str)
     """
     for key, size in sizes.items():
         if (stated := value_of(config, key, int, label, size)) != size:
-            raise AezooError(f"{label}: {key} is {stated:,}, but the weights have {size:,}: they are not of this file")
+            raise AezooError(
+                f"{label}: {key} is {stated:,}, but the weights have {size:,}: they do not belong together"
+            )
 
 
 def _some(names: Collection[str]) -> str:

@@ -23,7 +23,7 @@ def read(source: WeightSource) -> Imported:
     config, label = source.json(CONFIG), source.label(CONFIG)
     activation = value_of(config, "activation", str, label, "topk")
     if activation != "topk":
-        raise AezooError(f"{label}: no model of the zoo has the activation {activation[:40]!r}; only topk is read")
+        raise AezooError(f"{label}: there is no model for the activation {activation[:40]!r}; only topk can be read")
     skip = value_of(config, "skip_connection", bool, label, False)
     transcode = value_of(config, "transcode", bool, label, False)
     required = ["encoder.weight", "encoder.bias", "W_dec", "b_dec"] + ["W_skip"] * skip

@@ -82,7 +82,7 @@ def read(source: WeightSource) -> Imported:
     if prefix:
         notes.append(f"only {prefix.rstrip('.')} is read, not the model that works on its codes")
     if any(key.endswith("model_ema.decay") for key in keys):
-        notes.append("weights as trained: their moving averages in the file are left out")
+        notes.append("these are the trained weights; their moving averages in the file are not read")
     config = _config(source)
     scale, shift, of = _scale(source, file, keys, config)
     if config is not None:
@@ -113,12 +113,12 @@ def _check_kind(state: Mapping[str, Tensor], others: list[str], what: str) -> No
     """Reject models that VQModel and AutoencoderKL cannot represent."""
     if "quantize.embed.weight" in state or "quantize.proj.weight" in state:
         raise AezooError(
-            f"{what} is a Gumbel VQGAN, which draws its codes at random: no model here does that with its networks"
+            f"{what} is a Gumbel VQGAN, which draws its codes at random: no model of aezoo does that with its networks"
         )
     if "quantize.used" in state:
-        raise AezooError(f"{what} counts its codes anew (remap, quantize.used): take the checkpoint before")
+        raise AezooError(f"{what} renumbers its codes (remap, quantize.used): import a checkpoint without remap")
     if "colorize" in others:
-        raise AezooError(f"{what} is a VQGAN of maps of segmentation, whose values are labels and no images")
+        raise AezooError(f"{what} is a VQGAN of segmentation maps, whose values are labels and not images")
     if unknown := [key for key in others if not key.startswith(_LEFT_OUT)]:
         raise AezooError(f"{what} has unknown weights: {', '.join(unknown[:5])[:200]}")
 
@@ -178,7 +178,7 @@ def _check_config(dd: dict[str, Any], name: str, arguments: Mapping[str, Any], y
             )
     for key, other in {"tanh_out": False, "give_pre_end": False, "resamp_with_conv": True}.items():
         if dd.get(key, other) is not other:
-            raise AezooError(f"{yaml} sets {key}, which the networks of diffusers do not have: it is refused")
+            raise AezooError(f"{yaml} sets {key}, which the networks of diffusers do not support")
 
 
 def _scale(

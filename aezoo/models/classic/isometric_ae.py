@@ -59,7 +59,7 @@ class IsometricAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("repres
         check_at_least(1, latent_dim=latent_dim)
         check_at_least(0, isometry=isometry)
         if distortion not in DISTORTIONS:
-            raise AezooError(f"unknown distortion {distortion!r}: take one of {', '.join(DISTORTIONS)}")
+            raise AezooError(f"unknown distortion {distortion!r}: choose from {', '.join(DISTORTIONS)}")
         self.isometry = isometry
         self.distortion = distortion
         self.code_shape = (latent_dim,)

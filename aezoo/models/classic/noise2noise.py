@@ -50,7 +50,7 @@ def unbiased(name: str) -> Corruption:
         return PoissonNoise(peak)
     noise = corruptions.corruption(name) if kind == "gaussian" else None
     if not isinstance(noise, GaussianNoise) or noise.amount == 0:
-        raise AezooError(f"corruption {name!r} does not do: take noise of mean zero, as in gaussian:0.1 or poisson:30")
+        raise AezooError(f"corruption {name!r} does not work: use noise of mean zero, as in gaussian:0.1 or poisson:30")
     return noise
 
 
@@ -83,5 +83,5 @@ class Noise2Noise(DnCNN, tags=("denoising",)):
         if self.training and isinstance(self.corruption, PoissonNoise) and float(x.min()) < 0:
             raise AezooError(
                 f"Poisson noise needs data of at least 0, got {float(x.min()):.4g}: scale the data, "
-                "or take corruption='gaussian:0.1'"
+                "or use corruption='gaussian:0.1'"
             )

@@ -74,7 +74,7 @@ class SemanticHashAE(NetworkAutoencoder, hidden_dims={"mlp": (256,)}, tags=("rep
         super().__init__(input_shape, **kwargs)
         check_at_least(1, latent_dim=latent_dim)
         if binarisation not in BINARISATIONS:
-            raise AezooError(f"unknown binarisation {binarisation!r}: take one of {', '.join(BINARISATIONS)}")
+            raise AezooError(f"unknown binarisation {binarisation!r}: choose from {', '.join(BINARISATIONS)}")
         check_at_least(0, noise_std=noise_std)
         self.binarisation = binarisation
         self.noise_std = noise_std

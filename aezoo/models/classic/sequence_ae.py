@@ -64,7 +64,7 @@ class SequenceAE(NetworkAutoencoder, defaults={"net": "lstm"}, tags=("representa
         if pad_value is not None and self.likelihood.unit_interval and not 0 <= pad_value <= 1:
             raise AezooError(
                 f"pad_value must lie in [0, 1] as the data of likelihood={likelihood!r}, got {pad_value}: "
-                "or take likelihood='gaussian'"
+                "or use likelihood='gaussian'"
             )
         self.pad_value = pad_value
         self.code_shape = (latent_dim + (pad_value is not None),)

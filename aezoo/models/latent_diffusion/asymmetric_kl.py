@@ -78,7 +78,7 @@ class AsymmetricKL(AutoencoderKL, tags=("latent diffusion", "imputation")):
         super().__init__(input_shape, **kwargs)
         # a single stage of these networks is linear or needs layers around it
         if self.net in ("gdn", "ldm", "vit", "mixer") or nets.is_timm(self.net):
-            raise AezooError(f"net {self.net!r} cannot decode stage by stage: take resnet, conv, convnext, unet or dc")
+            raise AezooError(f"net {self.net!r} cannot decode stage by stage: use resnet, conv, convnext, unet or dc")
         if not 0 <= full_mask <= 1:
             raise AezooError(f"full_mask must be from 0 to 1, got {full_mask}")
         if decoder_dims and (len(decoder_dims) != len(self.hidden_dims) or min(decoder_dims) < 1):

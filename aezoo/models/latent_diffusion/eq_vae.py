@@ -42,12 +42,12 @@ class EQVAE(AutoencoderKL, steps_differ=True, tags=("latent diffusion",)):
         self, input_shape: tuple[int, ...], *, equivariance: float = 0.5, **kwargs: Unpack[AutoencoderKLArgs]
     ) -> None:
         if len(input_shape) != 3:
-            raise AezooError(f"eq_vae turns images (C, H, W), got {tuple(input_shape)}: take autoencoder_kl")
+            raise AezooError(f"eq_vae turns images (C, H, W), got {tuple(input_shape)}: use autoencoder_kl")
         if not 0 <= equivariance <= 1:
             raise AezooError(f"equivariance must be from 0 to 1, got {equivariance}")
         super().__init__(input_shape, **kwargs)
         if self.net in ("unet", "vit", "mixer") or is_timm(self.net):
-            raise AezooError(f"net {self.net!r} decodes maps of one size alone: take resnet, conv, convnext, gdn or dc")
+            raise AezooError(f"net {self.net!r} only decodes maps of one size: use resnet, conv, convnext, gdn or dc")
         self.equivariance = equivariance
         self.larger_grids = grids(self.input_shape, len(self.hidden_dims))[-2::-1]
 

@@ -56,7 +56,7 @@ class VAVAE(AutoencoderKL, tags=("latent diffusion",)):
     ) -> None:
         check_at_least(0, alignment_weight=alignment_weight, cosine_margin=cosine_margin, matrix_margin=matrix_margin)
         if foundation == "none":
-            raise AezooError("foundation must be a network: for none take autoencoder_kl")
+            raise AezooError("foundation must be a network: without one use autoencoder_kl")
         super().__init__(input_shape, **kwargs)
         self.alignment_weight = alignment_weight
         self.margins = (cosine_margin, matrix_margin)

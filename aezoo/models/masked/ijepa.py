@@ -164,7 +164,7 @@ class IJEPA(
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
-            raise AezooError(f"ijepa takes images (C, H, W), got {self.input_shape}: take mae, which has no blocks")
+            raise AezooError(f"ijepa takes images (C, H, W), got {self.input_shape}: use mae, which has no blocks")
         check_at_least(1, n_targets=n_targets, predictor_width=predictor_width, predictor_depth=predictor_depth)
         check_at_least(0, momentum_steps=momentum_steps)
         if not (0 <= momentum <= 1 and n_targets <= _MOST_TARGETS):
@@ -173,7 +173,7 @@ class IJEPA(
         patchify = vit.Patchify(self.input_shape, self.patch_size)
         if patchify.n == 1:
             raise AezooError(
-                f"ijepa predicts patches from others and {self.input_shape} is one: take a smaller patch_size"
+                f"ijepa predicts patches from others and {self.input_shape} is one: use a smaller patch_size"
             )
         self.n_targets = n_targets
         self.momentum = momentum

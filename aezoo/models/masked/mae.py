@@ -153,7 +153,7 @@ class MAE(
             raise AezooError(f"input_norm takes none or, for 3 channels, imagenet, got {input_norm!r}")
         for leaves, argument in ((norm_pix, "norm_pix"), (input_norm != "none", "input_norm")):
             if leaves and self.likelihood.unit_interval:
-                raise AezooError(f"{argument} leaves [0, 1]: take likelihood='gaussian', laplace or logcosh with it")
+                raise AezooError(f"{argument} leaves [0, 1]: use likelihood='gaussian', laplace or logcosh with it")
         patchify = vit.Patchify(self.input_shape, self.patch_size)
         self.norm_pix = norm_pix
         self.masked = vit.count_masked(patchify.n, mask_ratio)

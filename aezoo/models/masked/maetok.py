@@ -82,7 +82,7 @@ class MAETok(PatchTransformer, defaults={"depth": 2, "likelihood": "gaussian"}, 
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
             raise AezooError(
-                f"maetok takes images (C, H, W), since its loss uses image gradients, got {self.input_shape}: take mae"
+                f"maetok takes images (C, H, W), since its loss uses image gradients, got {self.input_shape}: use mae"
             )
         check_at_least(0, aux_weight=aux_weight)
         check_at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, aux_depth=aux_depth)

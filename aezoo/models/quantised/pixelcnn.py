@@ -120,7 +120,7 @@ class PixelCNN(IndexPrior, defaults={"lr": 3e-3}, tags=("generation",)):
             raise AezooError(f"kernel_size must be odd and at least 3, got {kernel_size}")
         q, *places = self.index_shape
         if len(places) > 2:
-            raise AezooError("pixelcnn takes maps and sequences of indices, not volumes: take index_transformer")
+            raise AezooError("pixelcnn takes maps and sequences of indices, not volumes: use index_transformer")
         self.grid = (*(1,) * (2 - len(places)), *places)
         each = -(-width // q)
         k = self.n_codes

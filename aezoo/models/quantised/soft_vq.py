@@ -77,7 +77,7 @@ class SoftVQ(PatchTransformer, defaults={"depth": 1, "lr": 2e-3}, tags=("tokeniz
         check_at_least(0, entropy_weight=entropy_weight, gamma=gamma, temperature=temperature)
         check_at_least(1, n_tokens=n_tokens, latent_dim=latent_dim, codebook_size=codebook_size)
         if not temperature > 0:
-            raise AezooError("temperature must be above 0: for the nearest code itself take titok")
+            raise AezooError("temperature must be above 0: for the nearest code itself use titok")
         self.temperature = temperature
         self.entropy_weight = entropy_weight
         self.gamma = gamma

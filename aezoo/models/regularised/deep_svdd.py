@@ -73,7 +73,7 @@ class DeepSVDD(
         for kind, name, fit in (("net", self.net, _NETS), ("activation", self.activation, _ACTIVATIONS)):
             if name not in fit:
                 raise AezooError(
-                    f"deep_svdd would map everything to one point by {kind} {name!r}: take one of {', '.join(fit)}"
+                    f"deep_svdd would map everything to one point by {kind} {name!r}: choose from {', '.join(fit)}"
                 )
         self.nll_weight = nll_weight
         self.nu = nu

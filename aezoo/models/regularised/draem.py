@@ -112,11 +112,11 @@ class DRAEM(
     ) -> None:
         super().__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
-            raise AezooError(f"draem takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take dense_ae")
+            raise AezooError(f"draem takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: use dense_ae")
         check_at_least(1, latent_dim=latent_dim, window=window, segmentation_dims=min(segmentation_dims, default=0))
         check_at_least(0, ssim_weight=ssim_weight, segmentation_weight=segmentation_weight)
         if source not in ("color", "samples"):
-            raise AezooError(f"source is {source!r}: take color or samples")
+            raise AezooError(f"source is {source!r}: use color or samples")
         if window % 2 == 0:
             raise AezooError(f"window must be odd, got {window}")
         self.ssim_weight = ssim_weight

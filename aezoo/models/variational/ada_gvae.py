@@ -44,7 +44,7 @@ class AdaGVAE(VAE, compares_samples=True, reads_labels=True, tags=("disentanglem
     def __init__(self, input_shape: tuple[int, ...], *, average: str = "gvae", **kwargs: Unpack[VAEArgs]) -> None:
         super().__init__(input_shape, **kwargs)
         if average not in AVERAGES:
-            raise AezooError(f"unknown average {average!r}: take one of {', '.join(AVERAGES)}")
+            raise AezooError(f"unknown average {average!r}: choose from {', '.join(AVERAGES)}")
         self.average = average
 
     def partners(self, y_B: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class BetaTCVAE(VAE, defaults={"beta": 6.0}, compares_samples=True, tags=("disen
     ) -> None:
         check_at_least(0, alpha=alpha, gamma=gamma, dataset_size=dataset_size)
         if estimator not in ESTIMATORS:
-            raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
+            raise AezooError(f"unknown estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
         super().__init__(input_shape, **kwargs)
         del self.capacity  # BetaAnnealing may increase beta, but no single KL term has a capacity
         self.alpha = alpha

@@ -54,7 +54,7 @@ class FlowPriorVAE(VAE, normal_prior=False, tags=("generation",)):
         # the sampled KL may be negative, so its distance from a capacity would be meaningless
         del self.capacity
         if prior not in PRIORS:
-            raise AezooError(f"unknown prior {prior!r}: take one of {', '.join(PRIORS)}")
+            raise AezooError(f"unknown prior {prior!r}: choose from {', '.join(PRIORS)}")
         check_n_flows(n_flows)
         check_at_least(1, flow_width=flow_width)
         order_D = torch.arange(self.latent_dim)

@@ -69,7 +69,7 @@ class HypersphericalVAE(VAE, defaults={"latent_dim": 5}, normal_prior=False, tag
         if self.latent_dim < 2:
             raise AezooError(f"latent_dim must be at least 2, got {self.latent_dim}")
         if posterior not in FAMILIES:
-            raise AezooError(f"unknown posterior {posterior!r}: take one of {', '.join(FAMILIES)}")
+            raise AezooError(f"unknown posterior {posterior!r}: choose from {', '.join(FAMILIES)}")
         self.kappa_scale = float(self.latent_dim) if kappa_scale is None else kappa_scale
         check_above(0, kappa_scale=self.kappa_scale)
         self.family = FAMILIES[posterior](self.latent_dim)

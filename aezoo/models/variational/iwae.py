@@ -61,7 +61,7 @@ class IWAE(VAE, tags=("generation",)):
         if not 1 <= n_samples <= MOST_SAMPLES:
             raise AezooError(f"n_samples must be from 1 to {MOST_SAMPLES}, got {n_samples}")
         if estimator not in ESTIMATORS:
-            raise AezooError(f"unknown estimator {estimator!r}: take one of {', '.join(ESTIMATORS)}")
+            raise AezooError(f"unknown estimator {estimator!r}: choose from {', '.join(ESTIMATORS)}")
         self.n_samples = n_samples
         self.estimator = estimator
 

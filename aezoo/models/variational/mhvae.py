@@ -65,7 +65,7 @@ class MHVAE(Multimodal, HierarchicalVAE, tags=("multimodal", "imputation")):
         del self.capacity
         self.build_parts(self.parts, self.net, self.hidden_dims, self.activation, n_decoded=self.latent_dims[0])
         if len(self.sizes) > MOST_PARTS:
-            raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
+            raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: use mvae or mmvae for more")
         if len(self.latent_dims) > 1:
             self.decoder = Decoders(
                 [BottomDecoder(self.latent_dims[0], part) for part in self.decoder], self.decoder.dim

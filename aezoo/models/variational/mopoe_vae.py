@@ -43,7 +43,7 @@ class MoPoEVAE(MMVAE, tags=("multimodal", "imputation")):
     def __init__(self, input_shape: tuple[int, ...], **kwargs: Unpack[MultimodalVAEArgs]) -> None:
         super().__init__(input_shape, **kwargs)
         if len(self.sizes) > MOST_PARTS:
-            raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: take mvae or mmvae for more")
+            raise AezooError(f"parts must be at most {MOST_PARTS}, got {len(self.sizes)}: use mvae or mmvae for more")
 
     def subsets(self, m: int, device: torch.device) -> Tensor:
         """Return all non-empty subsets of m parts, (S, m) bool."""

@@ -59,7 +59,7 @@ class MSSSIMVAE(VAE, tags=("generation",)):
         super().__init__(input_shape, **kwargs)
         self.likelihood.requires_grad_(False)  # no term reads a scale
         if len(self.input_shape) != 3 or min(self.input_shape[1:]) < 3:
-            raise AezooError(f"msssim_vae takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: take vae")
+            raise AezooError(f"msssim_vae takes images (C, H, W) of at least 3 x 3, got {self.input_shape}: use vae")
         check_above(0, weight=weight)
         if not 1 <= scales <= len(EXPONENTS):
             raise AezooError(f"scales must be from 1 to {len(EXPONENTS)}, got {scales}")

@@ -123,5 +123,5 @@ def zoo_features(path: str, input_shape: tuple[int, ...]) -> FeatureNet:
         raise AezooError(f"features: the model in {path} takes samples of {model.input_shape}, not {input_shape}")
     net = FeatureNet([*model.encoder.children()] if isinstance(model.encoder, nn.Sequential) else [])
     if not net.read:
-        raise AezooError(f"features: the encoder of the model in {path} has no hidden layers: take another, or random")
+        raise AezooError(f"features: the encoder of the model in {path} has no hidden layers: use another, or random")
     return net

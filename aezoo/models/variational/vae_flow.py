@@ -46,7 +46,7 @@ class VAEFlow(VAE, normal_prior=False, tags=("generation",)):
         # the sampled KL may be negative, so its distance from a capacity would be meaningless
         del self.capacity
         if flow not in FLOWS:
-            raise AezooError(f"unknown flow {flow!r}: take one of {', '.join(FLOWS)}")
+            raise AezooError(f"unknown flow {flow!r}: choose from {', '.join(FLOWS)}")
         check_n_flows(n_flows)
         self.n_flows = n_flows
         self.step, size = FLOWS[flow]

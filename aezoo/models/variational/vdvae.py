@@ -62,7 +62,7 @@ class VDVAE(VAE, normal_prior=False, tags=("generation",)):
         # skip the VAE's constructor, which would build a network for the whole code
         super(NetworkAutoencoder, self).__init__(input_shape, **kwargs)
         if len(self.input_shape) != 3:
-            raise AezooError(f"vdvae takes images (C, H, W), not {self.input_shape}: take hierarchical_vae instead")
+            raise AezooError(f"vdvae takes images (C, H, W), not {self.input_shape}: use hierarchical_vae instead")
         check_at_least(1, width=width, latent_channels=latent_channels)
         if min((*enc_blocks, *dec_blocks), default=0) < 1 or len(enc_blocks) != len(dec_blocks):
             found = f"{tuple(enc_blocks)} and {tuple(dec_blocks)}"

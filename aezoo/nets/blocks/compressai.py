@@ -253,7 +253,7 @@ def build(architecture: str, input_shape: tuple[int, ...], n: int, m: int) -> Ne
         AezooError: the architecture is unknown, or M differs from N with cheng2020.
     """
     if architecture not in ARCHITECTURES:
-        raise AezooError(f"unknown architecture {architecture!r}: take one of {', '.join(ARCHITECTURES)}")
+        raise AezooError(f"unknown architecture {architecture!r}: choose from {', '.join(ARCHITECTURES)}")
     cheng = architecture.startswith("cheng2020")
     if cheng and n != m:
         raise AezooError(f"{architecture} needs a latent_dim equal to width, got width {n} and latent_dim {m}")

@@ -191,7 +191,7 @@ class UnitNorm(Constrained):
         ]
         if averaging:
             raise AezooError(
-                f"{averaging[0]} averages directions of norm 1 to shorter ones: take aezoo.callbacks.EMA "
+                f"{averaging[0]} averages directions of norm 1 to shorter ones: use aezoo.callbacks.EMA "
                 f"(--ema.decay 0.999), which gives them norm 1 again"
             )
 
@@ -233,7 +233,7 @@ class InputNorm(nn.Module):
             raise AezooError(f"input_norm must be one of {', '.join(INPUT_NORMS)}, got {input_norm!r}")
         if input_norm != "none":
             if bounded:
-                raise AezooError(f"input_norm={input_norm!r} gives values outside [0, 1]: take likelihood='gaussian'")
+                raise AezooError(f"input_norm={input_norm!r} gives values outside [0, 1]: use likelihood='gaussian'")
             self.sparse_code = False  # two entries are never zero
         self.input_norm = input_norm
         self.code_shape = (latent_dim if input_norm == "none" else latent_dim + 2,)

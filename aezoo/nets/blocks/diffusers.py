@@ -106,7 +106,7 @@ def kind_of(name: str) -> Any:
             transformers) is not installed.
     """
     if name in REFUSED:
-        raise AezooError(f"{name} of diffusers {REFUSED[name]}: take one of {', '.join(KINDS)}")
+        raise AezooError(f"{name} of diffusers {REFUSED[name]}: choose from {', '.join(KINDS)}")
     if name not in KINDS:
         near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
         raise AezooError(
@@ -183,7 +183,7 @@ def _fit_to_side(settings: dict[str, Any], cls: Any, input_shape: tuple[int, ...
         settings["encoder_input_size"] = max(input_shape[1] // sides["patch_size"], 1) * patch
     places = settings["encoder_input_size"] // patch
     if places > _MOST_PLACES:
-        raise AezooError(f"{RAE} has codes of at most {_MOST_PLACES} places a side, got {places}: take larger patches")
+        raise AezooError(f"{RAE} has codes of at most {_MOST_PLACES} places a side, got {places}: use larger patches")
 
 
 def _check_steps(settings: dict[str, Any]) -> None:
@@ -290,7 +290,7 @@ def copy_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: s
             )
         if value.is_floating_point() and found.dtype not in _FLOATS:
             raise AezooError(
-                f"{what} contains {key} as {str(found.dtype).removeprefix('torch.')}, whose scale is not in it: take "
+                f"{what} contains {key} as {str(found.dtype).removeprefix('torch.')}, whose scale is not in it: use "
                 "the file in float32, float16 or bfloat16"
             )
         with torch.no_grad():
@@ -403,7 +403,7 @@ def code_shape(
         factors = [max(n // m, 1) for n, m in zip(x_hat.shape[2:], z.shape[2:], strict=True)]
         sides = " and ".join(map(str, dict.fromkeys(factors)))
         raise AezooError(
-            f"this {name} gives {tuple(x_hat.shape[1:])} back for {input_shape}: take sides that are multiples of "
+            f"this {name} gives {tuple(x_hat.shape[1:])} back for {input_shape}: use sides that are multiples of "
             f"{sides}, as --data.size resizes them"
         )
     return tuple(z.shape[1:])

@@ -224,7 +224,7 @@ def feature_maps(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     description = parse(name.removeprefix(TORCHVISION))
     if description.pretrained or "pretrained" not in name:
         file = None if description.pretrained in (True, False) else Path(str(description.pretrained))
-        with cached_weights(description.name, "take features random", file) as state:
+        with cached_weights(description.name, "use features random", file) as state:
             net.load_state_dict(state)
     return FeatureNet(stages, layer_indices=chosen, imagenet=True)
 
@@ -254,7 +254,7 @@ def _torchvision(
         hint = f"did you mean {' or '.join(near)}?" if near else "torchvision.models.list_models() has all"
         raise AezooError(f"torchvision has no classifier {description.name!r}: {hint}")
     if len(input_shape) != 3 or input_shape[0] not in (1, 3):
-        raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: take random")
+        raise AezooError(f"{name} takes images of 1 or 3 channels, got {input_shape}: use random")
     with torch.device(device):
         net = _classifier(description.name)
     if hasattr(net, "layer4"):
@@ -264,7 +264,7 @@ def _torchvision(
         stages = _split_before_smaller_maps([*net.features])
     else:
         raise AezooError(
-            f"torchvision's {description.name} has no feature maps: take timm:NAME, which has more networks"
+            f"torchvision's {description.name} has no feature maps: use timm:NAME, which has more networks"
         )
     chosen = description.out_indices or tuple(range(len(stages)))
     if not all(-len(stages) <= i < len(stages) for i in chosen):
@@ -322,7 +322,7 @@ def random_features(input_shape: tuple[int, ...]) -> FeatureNet:
 def vgg_features(name: str, input_shape: tuple[int, ...]) -> FeatureNet:
     """Return the first layers of VGG-16 or VGG-19, which differ only in their weights."""
     if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < 4:
-        raise AezooError(f"{name} takes images of 1 or 3 channels and at least 4 x 4, got {input_shape}: take random")
+        raise AezooError(f"{name} takes images of 1 or 3 channels and at least 4 x 4, got {input_shape}: use random")
     layers = _vgg_layers(64, 64, 0, 128, 128, 0, 256)
     net = FeatureNet(layers, layer_indices=(1, 6, 11), imagenet=True)
     known, file = (name, None) if name in VGG else ("a VGG network", Path(name))
@@ -335,7 +335,7 @@ def lpips_features(input_shape: tuple[int, ...], name: str = "lpips") -> LPIPS:
     network, weights, indices, side = _LPIPS[name]
     if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < side:
         raise AezooError(
-            f"{name} takes images of 1 or 3 channels and at least {side} x {side}, got {input_shape}: take random"
+            f"{name} takes images of 1 or 3 channels and at least {side} x {side}, got {input_shape}: use random"
         )
     file = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{weights}.pth"
     state = torch.load(file, map_location="cpu", weights_only=True)
@@ -359,7 +359,7 @@ def _vgg_layers(*widths: int) -> list[nn.Module]:
 
 
 def _load_layers(layers: list[nn.Module], known: str, file: Path | None) -> None:
-    with cached_weights(known, "take features random", file) as state:
+    with cached_weights(known, "use features random", file) as state:
         for i, layer in enumerate(layers):
             layer.load_state_dict({key: state[f"features.{i}.{key}"] for key in layer.state_dict()})
 

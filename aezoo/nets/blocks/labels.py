@@ -20,7 +20,7 @@ def check_num_classes(num_classes: int | None) -> int:
         AezooError: it is None or below 1.
     """
     if num_classes is None:
-        raise AezooError("the data have no classes, which this model needs: give data with labels, or take vae")
+        raise AezooError("the data have no classes, which this model needs: give data with labels, or use vae")
     if num_classes < 1:
         raise AezooError(f"num_classes must be at least 1, got {num_classes}")
     return num_classes

@@ -229,7 +229,7 @@ def _config(name: str) -> Any:
         raise AezooError(f"timm has no model {architecture!r}: {hint}")
     known = timm.list_models(f"{architecture}.*", pretrained=True)
     if tag and name not in known:
-        there = f"take one of {', '.join(known[:8])}" if known else "there are none"
+        there = f"choose from {', '.join(known[:8])}" if known else "there are none"
         raise AezooError(f"timm has no weights {name!r}: {there}")
     return timm.models.get_pretrained_cfg(name)
 
@@ -250,7 +250,7 @@ def plan(description: Description, input_shape: tuple[int, ...], last_only: bool
         AezooError: as `Backbone`.
     """
     if len(input_shape) != 3:
-        raise AezooError(f"networks of timm take images, (C, H, W), got {tuple(input_shape)}: take net='conv' or mlp")
+        raise AezooError(f"networks of timm take images, (C, H, W), got {tuple(input_shape)}: use net='conv' or mlp")
     config = _config(description.name)
     size = (description.img_size,) * 2 if description.img_size else None
     if size is None and config.fixed_input_size:

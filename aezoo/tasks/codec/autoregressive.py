@@ -3,7 +3,7 @@
     p(indices) = prod_t p(token_t | tokens before t)    in as many bits as -log2 p(indices)
 
 Writer and reader call the same network token by token on the same blocks of samples, in T steps per block, with 0 for
-unknown tokens, so both compute the same floats. These become 2^24ths in float64. A machine that computes other floats
+unknown tokens, so both compute the same floats. They become multiples of 2^-24. A machine that computes other floats
 is detected early: one byte after each block is from the digest of its tokens, and 8 bytes before the words of a frame
 are from the digest of all its indices.
 """
@@ -52,7 +52,7 @@ class AutoregressiveCoder:
         if max(self._sizes) > _MAX_CODES:
             raise AezooError(
                 f"{display_name(type(model))} has a codebook of {max(self._sizes):,} codes, and under a prior at most "
-                f"{_MAX_CODES:,} can be coded: take smaller codebooks"
+                f"{_MAX_CODES:,} can be coded: use smaller codebooks"
             )
 
     def encode(self, indices: Indices) -> bytes:
@@ -134,7 +134,7 @@ class AutoregressiveCoder:
                 cdf = np.exp(selected - selected.max(1, keepdims=True)).cumsum(1)
             if selected.shape[1] != k or not np.isfinite(cdf).all():
                 raise AezooError(
-                    f"the prior of {display_name(type(self._model))} gives no {k} probabilities for a token: "
+                    f"the prior of {display_name(type(self._model))} does not give {k} probabilities for a token: "
                     "train it again"
                 )
             return tables.from_cdf(cdf[:, :-1] / cdf[:, -1:])

@@ -191,7 +191,7 @@ def pca(
 
 
 def mean_sample(fit: Tensor, x: Tensor, limits: tuple[float, float]) -> list[Row]:
-    """The mean of samples `fit` for each of samples x; who decodes has it, as the model and PCA's components."""
+    """The mean of samples `fit` for each of samples x; the decoder has it, like the model and PCA's components."""
     if bool((fit == fit[0]).all()):
         return []  # as for PCA: it would be the sample itself
     distortion = Distortion(tuple(x.shape[1:]), limits)
@@ -200,10 +200,10 @@ def mean_sample(fit: Tensor, x: Tensor, limits: tuple[float, float]) -> list[Row
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    """Which other methods are ahead of the model's files, a line for each file; [] without other methods.
+    """Which other methods are better than the model's files, a line for each file; [] without other methods.
 
     Lossy files are compared by PSNR, or by mean squared error, at equal rate, along the line between a method's
-    neighbouring qualities in the logarithm of the rate; a lossless method at that rate is ahead of them. Where no
+    neighbouring qualities in the logarithm of the rate; a lossless method at that rate is better. Where no
     method but the mean has files as small, the smallest of them is named. Lossless files are compared by their rate.
     """
     own = [line for line in rows if line["method"].startswith("aezoo")]
@@ -214,7 +214,7 @@ def verdict(rows: list[Row]) -> list[str]:
         rate = own[-1]["bits_per_dim"]  # of the whole file
         ahead = sorted((line["bits_per_dim"], line["method"]) for line in others if line["bits_per_dim"] < rate)
         found = ", ".join(f"{name} {bits:.4g}" for bits, name in ahead[:_MAX_AHEAD])
-        return [f"smaller than the file of {rate:.4g} bits per dimension: {found or 'no other format'}"]
+        return [f"formats smaller than the file of {rate:.4g} bits per dimension: {found or 'none'}"]
     lines = []
     for line in own:
         rate = line["bits_per_dim"]
@@ -225,9 +225,9 @@ def verdict(rows: list[Row]) -> list[str]:
         what = f"{line['method']} ({error_text(line)}) at {rate:.4g} bits per dimension"
         compared = any(level > -math.inf for name, level in reached.items() if name != MEAN)
         if found:
-            text = f"ahead of {what}: {found}"
+            text = f"better than {what}: {found}"
         elif compared:
-            text = f"no other method is ahead of {what}, by {'PSNR' if by_psnr else 'mean squared error'}"
+            text = f"no other method is better than {what}, by {'PSNR' if by_psnr else 'mean squared error'}"
         else:
             text = f"no other method is as small as {what}"
         lines.append(text if compared else text + _nearest(others, " is as small" if found else "", by_psnr))

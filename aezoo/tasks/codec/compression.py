@@ -93,7 +93,7 @@ class Compression(Result):
             "learned": f"whole numbers {self.net_bits:,} bits, {excess:+.2f} % of -log2 p under their distributions "
             f"({self.bound_bits:,.0f}); {rate}",
         }
-        return f"{text}\n{lines[self.mode]}\nthe model's weights are not counted: who decodes has them"
+        return f"{text}\n{lines[self.mode]}\nthe model's weights are not counted: the decoder has them"
 
 
 # a frame, and figures that are added up over frames
@@ -154,8 +154,8 @@ class CompressionRun:
             coded = coder.encode(levels)
             decoded = coder.decode(coded.words, len(levels))
             if decoded is None or not np.array_equal(decoded, levels):
-                raise AezooError("decoding did not give the samples back: this device does not compute the same "
-                                 "twice; compress on --device cpu with --threads 1")  # fmt: skip
+                raise AezooError("decoding did not reproduce the samples: this device does not give the same "
+                                 "result twice; compress on --device cpu with --threads 1")  # fmt: skip
             digest = hashlib.sha256(levels.tobytes()).digest()
             written = frame(len(levels), digest, tables.to_bytes(coded.words))
             return written, (coded.net_bits, coded.initial_bits, coder.bound(levels))
@@ -312,8 +312,8 @@ class CompressionRun:
             symbols = coding.symbols(np.asarray(codes[part]))
             payload = coding.coder.encode(symbols)
             if not coding.coder.decodes_to(payload, symbols):
-                raise AezooError("decoding did not give the codes back: this device does not compute the same twice; "
-                                 "compress on --device cpu with --threads 1")  # fmt: skip
+                raise AezooError("decoding did not reproduce the codes: this device does not give the same result "
+                                 "twice; compress on --device cpu with --threads 1")  # fmt: skip
             digest, distortion = hashlib.sha256(), baselines.Distortion(self.model.input_shape, limits)
             batches = self.samples.batches(self.batch_size, "", part.start, part.stop)
             for i, batch in zip(range(0, len(symbols), self.batch_size), batches, strict=True):
@@ -420,7 +420,7 @@ class CompressionRun:
 
     @property
     def _own_title(self) -> str:
-        """That of the progress bar, which rank zero shows."""
+        """The title of the progress bar, which rank zero shows."""
         return "" if self.passes.rank else self.title
 
 

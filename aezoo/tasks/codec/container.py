@@ -5,7 +5,7 @@
     H           header: plain JSON, the fields of `Header`
     frames      each 8 bytes L, the size of its payload; 4 bytes n, the samples in it; 32 bytes SHA-256 of the samples
                 that it decodes to; the payload. Lossy files and those of indices begin with a frame of 0 samples, their
-                tables. If pictures have sizes of their own, a frame is one picture, and before its payload stand its
+                tables. If pictures have sizes of their own, a frame is one picture, and its payload follows its
                 sides, 4 bytes each, which L counts.
     32          SHA-256 of everything before
 
@@ -138,9 +138,9 @@ class Header:
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind[:40]!r}")
         if len(self.fingerprint) != 64 or not set(self.fingerprint) <= _HEX:
-            raise ValueError("the fingerprint is none")
+            raise ValueError("the fingerprint is not valid")
         if any(len(text) > 200 or not text.isprintable() for text in (self.model, self.device, self.dtype, self.torch)):
-            raise ValueError("a name is none")
+            raise ValueError("a name is not valid")
 
 
 def max_samples_per_frame(shape: tuple[int, ...]) -> int:
@@ -164,7 +164,7 @@ class Writer:
 
     Args:
         file: a file open for writing.
-        header: what the file says about itself.
+        header: the metadata of the file.
     """
 
     def __init__(self, file: IO[bytes], header: Header) -> None:
@@ -213,7 +213,7 @@ class Reader:
         max_bytes: the most that the decoded samples may take in memory or on disk.
 
     Attributes:
-        header: what the file says about itself.
+        header: the metadata of the file.
         frames: its frames.
 
     Raises:
@@ -223,7 +223,7 @@ class Reader:
     def __init__(self, path: str | Path, max_bytes: int) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_file():
-            raise AezooError(f"{path} is no file: give a file that compress wrote")
+            raise AezooError(f"{path} is not a file: give a file that compress wrote")
         try:
             with self.path.open("rb") as file:
                 self._end = _check_complete(file, self.path)
@@ -245,11 +245,9 @@ class Reader:
         counts = [frame.n for frame in frames]
         most = 1 if self.header.own_sizes else max_samples_per_frame(self.header.shape)
         if not all(1 <= n <= most for n in counts):
-            raise AezooError(f"{path} is refused: one of its parts is empty or larger than compress makes them")
+            raise AezooError(f"{path} is refused: one of its parts is empty or larger than compress writes them")
         if sum(counts) != self.header.n:
-            raise AezooError(
-                f"{path} is refused: it says that it contains {self.header.n} samples, its parts {sum(counts)}"
-            )
+            raise AezooError(f"{path} is refused: it declares {self.header.n} samples, its parts {sum(counts)}")
         if self.header.own_sizes and any(math.prod(frame.shape) > MAX_PICTURE for frame in frames):
             raise AezooError(f"{path} is refused: a picture would have more than {MAX_PICTURE:,} values")
         needed = 4 * sum(frame.n * math.prod(frame.shape) for frame in frames)
@@ -274,7 +272,7 @@ class Reader:
 def _check_complete(file: IO[bytes], path: Path) -> int:
     """The position of the checksum, if it is correct."""
     if file.read(len(MAGIC)) != MAGIC:
-        raise AezooError(f"{path} is no .aez file: give one that compress wrote")
+        raise AezooError(f"{path} is not an .aez file: give one that compress wrote")
     left = file.seek(0, os.SEEK_END) - _DIGEST
     end = left
     file.seek(0)

@@ -4,7 +4,7 @@
 
 Writer and reader pass the same `code_latents` of the model over blocks of samples of the same size, so both compute the
 same distributions. A distribution selects one of the model's tables: a learned one for each channel, or that of the
-nearest of 64 scales of a Gaussian, as 2^24ths computed in float64. Integers under one table are coded together, in
+nearest of 64 scales of a Gaussian, in multiples of 2^-24. Integers under one table are coded together, in
 increasing order of tables. An integer outside its table is coded as an escape, the last entry, and 32 bits after the
 integers of that table. Under a mixture, each integer has its own table. Integers with tables of one size are coded
 together, 2^20 table entries at a time.
@@ -72,7 +72,7 @@ def at_quality(model: EntropyCoded, quality: float) -> Iterator[None]:
         AezooError: the model has no such quality.
     """
     if not 0 <= quality <= model.max_quality:
-        raise AezooError(f"quality is {quality:g}, and this model has those from 0 to {model.max_quality:g}: give one")
+        raise AezooError(f"quality is {quality:g}: give a number from 0 to {model.max_quality:g} for this model")
     before = model.quality
     try:
         model.quality = quality

@@ -8,10 +8,10 @@ table needs at least N H bits, H = -sum_k (c_k / N) log2 (c_k / N). The file con
 
     l_k = 1 + round(r (24 + log2 (c_k / N)))    r in {1, 2, 4, 8}    l_k = 0 where k never occurs
 
-packed by DEFLATE. Integer powers 2^(l_k / r) give the table of 2^24ths. A coarse r makes a small table and costs little
-otherwise, since a share that is wrong by a factor 1 + e costs e^2 / 2 nats: 0.03 bits per index for r = 1, 0.0005 for
-r = 8. The smallest total is used, which can also be no table and log2 K bits per index. With more than 2^16 codes in a
-codebook, indices are written as digits of at most 16 bits, lowest first, with one table for each digit.
+packed by DEFLATE. Integer powers 2^(l_k / r) give the table in units of 2^-24. A coarse r makes a small table and
+costs little otherwise, since a share that is wrong by a factor 1 + e costs e^2 / 2 nats: 0.03 bits per index for r = 1,
+0.0005 for r = 8. The smallest total is used, which can also be no table and log2 K bits per index. With more than 2^16
+codes in a codebook, indices are written as digits of at most 16 bits, lowest first, with one table for each digit.
 """
 
 import math
@@ -166,7 +166,7 @@ class IndexTable:
         return float(np.sum(counts[occurs] * (tables.PRECISION - np.log2(self.frequencies()[occurs]))))
 
     def frequencies(self) -> tables.Integers:
-        """Frequencies in 2^24ths, from levels.
+        """Frequencies in units of 2^-24, from levels.
 
         Raises:
             ValueError: the levels are not those of a table.
@@ -306,7 +306,7 @@ class TableCoder:
             levels = unpack.decompress(rest, total + 1)
             rest = unpack.unused_data if unpack.eof else rest
         if len(levels) != total or rest:
-            raise ValueError("tables are cut off, or more follows")
+            raise ValueError("tables are cut off, or followed by other data")
         digit_tables, start = [], 0
         for size, kind in zip(sizes, kinds, strict=True):
             if kind:

@@ -25,8 +25,8 @@ def to_levels(x: Tensor, levels: int) -> Levels | None:
 def reason(levels: int) -> str:
     """Why samples that do not correspond to integers cannot be coded."""
     if levels == 2:
-        return "lossless with likelihood bernoulli needs values 0 and 1: give --binarise true, or take mode lossy"
-    return "lossless needs bytes, or values k/255 in float32: give images of 8 bits, or take mode lossy"
+        return "lossless with likelihood bernoulli needs values 0 and 1: give --binarise true, or use mode lossy"
+    return "lossless needs bytes, or values k/255 in float32: give images of 8 bits, or use mode lossy"
 
 
 def level_cdf(likelihood: Likelihood, params: Floats) -> Floats:

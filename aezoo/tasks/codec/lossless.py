@@ -59,7 +59,7 @@ def latent_chain(model: Autoencoder) -> LatentChain:
     Raises:
         AezooError: the model gives samples no probability; the message says what to do.
     """
-    cure = "take vae with likelihood bernoulli, discretised_logistic or beta_binomial, or mode lossy"
+    cure = "use vae with likelihood bernoulli, discretised_logistic or beta_binomial, or mode lossy"
     if not model.likelihood.discrete:
         kind = type(model.likelihood).__name__
         raise AezooError(f"lossless needs a likelihood of discrete values, and {kind} has densities: {cure}")
@@ -68,7 +68,7 @@ def latent_chain(model: Autoencoder) -> LatentChain:
         return cast(LatentChain, own())
     if not model.normal_prior:
         raise AezooError(
-            f"lossless needs a Gaussian posterior and prior, and {display_name(type(model))} has none: {cure}"
+            f"lossless needs a Gaussian posterior and prior, which {display_name(type(model))} does not have: {cure}"
         )
     return LatentChain([_SingleLayer(model)], lambda z: model.decoder(z[-1]), model.likelihood, model.input_shape)
 
@@ -218,5 +218,5 @@ def _flat(values: Tensor) -> Floats:
     """Numbers of a network in float64 on the CPU, (M,)."""
     found: Floats = values.detach().cpu().double().numpy().reshape(-1)
     if not np.isfinite(found).all():
-        raise AezooError("the model gives NaN or infinite values for these samples: train it again, or take mode lossy")
+        raise AezooError("the model gives NaN or infinite values for these samples: train it again, or use mode lossy")
     return found

@@ -12,7 +12,7 @@ At quality 0, the step of the most important dimension is its standard deviation
 gets a large step and hence no bits. One more unit of quality adds one bit to each dimension that matters.
 
 Histograms: the values of q in the codes used for fitting, in bins between their quantiles; a frequent value has a bin
-of one value. The probability of a bin is an integer number of 4096ths; within a bin all values are equally likely. So a
+of one value. The probability of a bin is a multiple of 2^-12; within a bin all values are equally likely. So a
 table stays small however fine the steps are. Tables are stored in the file as integers.
 """
 
@@ -114,7 +114,7 @@ class Histogram:
     Attributes:
         low: the lowest integer.
         width: number of integers in each bin.
-        share: 4096ths of each bin.
+        share: probability of each bin, in units of 2^-12.
     """
 
     low: int

@@ -39,7 +39,7 @@ from aezoo.training.model_names import display_name
 # values of codes that steps and tables are fitted to; places a side, and pictures, for a channel's sensitivity
 _MAX_CODES, _SIDE, _PICTURES = 2**24, 32, 8
 _REPEAT = (
-    "decoding did not give the {} back: this device does not compute the same twice; compress on --device cpu with "
+    "decoding did not reproduce the {}: this device does not give the same result twice; compress on --device cpu with "
     "--threads 1"
 )
 
@@ -160,7 +160,7 @@ class PictureRun(CompressionRun):
         places = [math.prod(self._model(shape).code_shape[1:]) for shape in self._shapes]
         total = sum(places)
         while channels * sum(-(-count // every) for count in places) > _MAX_CODES and every < max(places):
-            every *= 2  # every second place of all is enough
+            every *= 2  # every second place is enough
         starts = np.cumsum([0, *(-(-count // every) for count in places)]).tolist()
         codes = self.store.scratch((starts[-1], channels))
         limits, by_channel, crops = Range(), _ChannelRange(channels), list[Tensor]()
@@ -210,8 +210,8 @@ class PictureRun(CompressionRun):
     def _of_code(self, z: Tensor) -> Autoencoder:
         found = sizes.for_codes(self.model, tuple(z.shape[1:]))
         if found is None:
-            raise AezooError(f"the code of {display_name(type(self.model))} is no map of places, so samples of another "
-                             "size cannot be compressed: resize them (--data.size)")  # fmt: skip
+            raise AezooError(f"the code of {display_name(type(self.model))} is not a map of places, so samples of "
+                             "another size cannot be compressed: resize them (--data.size)")  # fmt: skip
         return found
 
     # ---- what all modes share ----------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class _ChannelRange:
 
 def _check_size(x: Tensor) -> None:
     if x.numel() > MAX_PICTURE:
-        raise AezooError(f"a picture has {x.numel():,} values, more than the limit of {MAX_PICTURE:,}: cut it")
+        raise AezooError(f"a picture has {x.numel():,} values, more than the limit of {MAX_PICTURE:,}: crop it")
 
 
 def _codes(model: Autoencoder, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def encode(symbols: Symbols, rows: Symbols, tables: FrequencyTables) -> bytes:
     entry = np.where(outside, last, value)
     starts = cdf[rows, entry]
     frequencies = (cdf[rows, entry + 1] - starts).tolist()
-    # how far outside, behind the entry
+    # how far outside, after the entry
     excess = np.where(value < 0, -2 * value - 1, 2 * (value - last))
     state, words = _LOW, list[int]()
     for i, start in zip(range(len(symbols) - 1, -1, -1), starts[::-1].tolist(), strict=True):
@@ -80,7 +80,7 @@ class Decoder:
 
     Args:
         content: the stream.
-        tables: lists of the tables, each only as long as it counts.
+        tables: the tables as lists, without unused entries at their ends.
         offset: the integer of each table's first entry.
     """
 
@@ -137,7 +137,7 @@ class RansCoder(EntropyModelCoder):
     def __init__(self, model: EntropyCoded, block: int) -> None:
         self._model, self._block = model, block
         tables = model.frequency_tables()
-        assert tables is not None  # as `coder_of` has looked
+        assert tables is not None  # checked by `coder_of`
         self._frequencies = tables
         self._offset: list[int] = tables.offset.tolist()
         self._lists = [row[:n] for row, n in zip(tables.cdf.tolist(), tables.length.tolist(), strict=True)]
@@ -157,7 +157,7 @@ class RansCoder(EntropyModelCoder):
         """
         if (abs(symbols) >= _MAX_SYMBOL).any():
             raise AezooError(
-                f"{display_name(type(self._model))} gives codes above {_MAX_SYMBOL:,}, for which its format has no room"
+                f"{display_name(type(self._model))} gives codes above {_MAX_SYMBOL:,}, which its format cannot store"
             )
         known, rows = torch.from_numpy(symbols), list[Symbols]()
         in_order = read_in_order(known)
@@ -265,7 +265,7 @@ def decode_strings(model: EntropyCoded, strings: Sequence[Sequence[bytes]]) -> T
                 symbols = coder.read_streams(iter(streams[::-1]), 1)
                 pictures.append(torch.from_numpy(entropy_model.decode(model, symbols, 1)))
         except ValueError as error:
-            raise AezooError(f"these strings are not of this model and size: {error}") from error
+            raise AezooError(f"these strings do not belong to this model and size: {error}") from error
     if not pictures:
         raise AezooError("there are no strings: give those of the code, and of the side information if there is any")
     return torch.cat(pictures)
@@ -274,5 +274,5 @@ def decode_strings(model: EntropyCoded, strings: Sequence[Sequence[bytes]]) -> T
 def _strings_coder(model: EntropyCoded) -> RansCoder:
     coder = coder_of(model, 1)
     if not isinstance(coder, RansCoder):
-        raise AezooError(f"{display_name(type(model))} has no streams of CompressAI: take the model compressai")
+        raise AezooError(f"{display_name(type(model))} has no streams of CompressAI: use the model compressai")
     return coder

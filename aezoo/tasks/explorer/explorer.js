@@ -323,7 +323,7 @@ async function openImage(file) {
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    return report(new Error(`${file.name} is no image that this browser can read`));
+    return report(new Error(`${file.name} is not an image that this browser can read`));
   }
   const surface = new OffscreenCanvas(WIDTH, HEIGHT), context = surface.getContext("2d");
   const scale = Math.min(WIDTH / bitmap.width, HEIGHT / bitmap.height);
@@ -577,7 +577,7 @@ class Card {
     this.decoded = pixels;
     const isImage = pixels.every(Number.isFinite);
     if (isImage) draw(parts.decoded, pixels);
-    parts["decoded-caption"].textContent = isImage ? "Drawn from this code" : "The decoder draws nothing here";
+    parts["decoded-caption"].textContent = isImage ? "Decoded from this code" : "The output of the decoder is not finite here";
     for (const { d, slider, output } of this.sliders) {
       slider.value = z[d];
       output.textContent = z[d].toFixed(2);
@@ -768,8 +768,8 @@ async function start() {
   const chosen = chosenModels();
   byId("version").textContent = ` ${manifest.aezoo_version}`;
   byId("lead").textContent =
-    `An encoder squeezes an image of ${CHANNELS > 1 ? `${CHANNELS} × ` : ""}${HEIGHT} × ${WIDTH} = ${SIZE} numbers to a short code, ` +
-    "and a decoder draws it again from the code alone. Choose an image, or draw one, and see what is kept. " +
+    `An encoder compresses an image of ${CHANNELS > 1 ? `${CHANNELS} × ` : ""}${HEIGHT} × ${WIDTH} = ${SIZE} numbers to a short code, ` +
+    "and a decoder reconstructs it from the code. Choose an image, or draw one, and see what is kept. " +
     "Then move through the codes: every place is an image.";
   setUpDrawing();
   setUpFiles();

@@ -49,7 +49,7 @@ def test_glorot_weights_are_those_of_keras() -> None:
         limit = (6 / (layer.in_features + layer.out_features)) ** 0.5
         assert 0.99 * limit < layer.weight.abs().max() <= limit
         assert not layer.bias.any()
-    with pytest.raises(aezoo.AezooError, match="unknown weight_init 'kaiming': take one of default, glorot"):
+    with pytest.raises(aezoo.AezooError, match="unknown weight_init 'kaiming': choose from default, glorot"):
         aezoo.create_model("dense_ae", (6,), weight_init="kaiming")
 
 

@@ -299,14 +299,14 @@ def test_other_shapes_and_channels_are_refused() -> None:
             aezoo.create_model("compressai", shape)
     with pytest.raises(AezooError, match="needs a latent_dim equal to width"):
         aezoo.create_model("compressai", (3, 64, 64), architecture="cheng2020-attn", width=4, latent_dim=6)
-    with pytest.raises(AezooError, match="unknown architecture 'vbr': take one of bmshj2018-factorized"):
+    with pytest.raises(AezooError, match="unknown architecture 'vbr': choose from bmshj2018-factorized"):
         aezoo.create_model("compressai", (3, 64, 64), architecture="vbr")
 
 
 def test_tiles_that_would_be_padded_are_refused() -> None:
     model = of("bmshj2018-factorized", (2, 64, 64)).eval()
     for size, tile, blend in (((256, 256), 128, 0.0), ((256, 100), 128, 0.5), ((256, 256), 100, 0.5)):
-        with pytest.raises(AezooError, match="cannot work in tiles, since it pads samples"):
+        with pytest.raises(AezooError, match="cannot process tiles: it pads samples"):
             aezoo.tiled(model, size, tile, blend=blend)(data(1, (2, *size)))
     x = data(1, (2, 256, 256))
     tile = aezoo.at_size(model, (128, 128))

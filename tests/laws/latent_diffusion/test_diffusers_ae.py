@@ -519,7 +519,7 @@ def test_invalid_values_are_refused_in_one_line(settings: dict[str, Any], words:
         ((64,), "takes images"),
         ((1, 64), "takes images"),
         ((1, 4, 4, 4), "takes images"),
-        ((1, 27, 35), r"gives \(1, 26, 34\) back for \(1, 27, 35\): take sides that are multiples of 2"),
+        ((1, 27, 35), r"gives \(1, 26, 34\) back for \(1, 27, 35\): use sides that are multiples of 2"),
         ((1, 1, 1), "does not take samples of shape"),
     ],
 )
@@ -534,7 +534,7 @@ def test_unsupported_shapes_are_refused(shape: tuple[int, ...], words: str) -> N
     [
         (RAE, (3, 18, 18), r"gives \(3, 16, 16\) back for \(3, 18, 18\): give --data.size 16"),
         (RAE, (3, 16, 8), r"gives \(3, 16, 16\) back for \(3, 16, 8\): give --data.size 16"),
-        (CONSISTENCY, (3, 16, 15), "take sides that are multiples of 2"),
+        (CONSISTENCY, (3, 16, 15), "use sides that are multiples of 2"),
     ],
 )
 def test_unsupported_sides_of_kinds_are_refused(kind: str, shape: tuple[int, ...], words: str) -> None:
@@ -547,7 +547,7 @@ def test_unsupported_sides_of_kinds_are_refused(kind: str, shape: tuple[int, ...
 def test_non_image_autoencoders_are_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
     for settings in ({"kind": kind}, {"pretrained": str(tmp_path)}):
-        with pytest.raises(AezooError, match=f"{kind} of diffusers .*: take one of AutoencoderKL") as refusal:
+        with pytest.raises(AezooError, match=f"{kind} of diffusers .*: choose from AutoencoderKL") as refusal:
             aezoo.create_model("diffusers_ae", SHAPE, **settings)
         assert "\n" not in str(refusal.value)
 

@@ -213,9 +213,9 @@ def test_transformation_is_determined_by_step_seed(share: float, monkeypatch: py
         ({"input_shape": (3, 11)}, "turns images"),
         ({"input_shape": (1, 5, 4, 3)}, "turns images"),
         ({"net": "mlp"}, "feature map"),
-        ({"net": "unet"}, "one size alone"),
-        ({"net": "vit"}, "one size alone"),
-        ({"net": "mixer"}, "one size alone"),
+        ({"net": "unet"}, "maps of one size"),
+        ({"net": "vit"}, "maps of one size"),
+        ({"net": "mixer"}, "maps of one size"),
         ({"equivariance": 1.1}, "equivariance must be from 0 to 1"),
     ],
 )

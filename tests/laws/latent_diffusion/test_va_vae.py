@@ -176,7 +176,7 @@ def test_invalid_values_are_refused() -> None:
     for name in ("alignment_weight", "cosine_margin", "matrix_margin"):
         with pytest.raises(AezooError, match=name):
             aligned(**{name: -0.1})
-    with pytest.raises(AezooError, match="foundation must be a network: for none take autoencoder_kl"):
+    with pytest.raises(AezooError, match="foundation must be a network: without one use autoencoder_kl"):
         aligned(foundation="none")
     with pytest.raises(AezooError, match="foundation takes"):
         aezoo.create_model("va_vae", SHAPE, foundation="dino")

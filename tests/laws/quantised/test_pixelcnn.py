@@ -218,7 +218,7 @@ def test_tokenizer_with_other_input_shape_is_refused(trained: Any, tmp_path: Any
 
 
 def test_pixelcnn_refuses_volumes_and_suggests_transformer() -> None:
-    with pytest.raises(AezooError, match="take index_transformer"):
+    with pytest.raises(AezooError, match="use index_transformer"):
         prior("pixelcnn", (1, 2, 2, 2), (3,))
 
 

@@ -66,7 +66,7 @@ def test_networks_with_position_or_gate_offsets_are_refused(net: str) -> None:
         torch.testing.assert_close(made(2 * x), made(x))
     else:
         assert gates or made(torch.zeros(1, 1, 8, 8)).any()
-    with pytest.raises(aezoo.AezooError, match=f"by net '{net}': take one of mlp"):
+    with pytest.raises(aezoo.AezooError, match=f"by net '{net}': choose from mlp"):
         svdd(input_shape=(1, 8, 8), net=net)
 
 
@@ -77,7 +77,7 @@ def test_bias_like_activations_are_refused(name: str) -> None:
     at_0, (low, lower, high, higher) = act(torch.zeros(1)), act(torch.tensor([-100.0, -1000.0, 100.0, 1000.0]))
     saturates = any(a == b and a != 0 for a, b in ((low, lower), (high, higher)))
     if at_0 != 0 or saturates:
-        with pytest.raises(aezoo.AezooError, match=f"by activation '{name}': take one of relu"):
+        with pytest.raises(aezoo.AezooError, match=f"by activation '{name}': choose from relu"):
             svdd(activation=name)
     else:
         svdd(activation=name)

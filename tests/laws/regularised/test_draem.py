@@ -225,7 +225,7 @@ def test_non_image_inputs_are_refused() -> None:
     for shape in ((30,), (1, 2, 9), (1, 8, 8, 8)):
         with pytest.raises(aezoo.AezooError, match="draem takes images"):
             draem(input_shape=shape)
-    with pytest.raises(aezoo.AezooError, match="take color or samples"):
+    with pytest.raises(aezoo.AezooError, match="use color or samples"):
         draem(source="dtd")
     with pytest.raises(aezoo.AezooError, match="odd"):
         draem(window=4)

@@ -261,7 +261,7 @@ def test_importance_likelihood_matches_prior_integral(name: str) -> None:
         ("mixture_vae", {"n_components": 0}, "n_components must be at least 1"),
         ("vamp_vae", {"n_components": 0}, "n_components must be at least 1"),
         ("vamp_vae", {"latent_dim": 0}, "latent_dim"),
-        ("flow_prior_vae", {"prior": "nsf"}, "take one of realnvp, maf"),
+        ("flow_prior_vae", {"prior": "nsf"}, "choose from realnvp, maf"),
         ("flow_prior_vae", {"n_flows": 257}, "n_flows must be from 0 to 256"),
         ("flow_prior_vae", {"flow_width": 0}, "flow_width must be at least 1"),
     ],

@@ -171,5 +171,5 @@ def test_partly_missing_modalities_are_refused(make: Any, shifted: Any) -> None:
 
 @pytest.mark.parametrize("make", [VAE, JMVAE, JNF])
 def test_models_without_missing_support_suggest_others(make: Any) -> None:
-    with pytest.raises(AezooError, match=r"NaN or infinite values: clean them first, or take .* such as mvae"):
+    with pytest.raises(AezooError, match=r"NaN or infinite values: clean them first, or use .* such as mvae"):
         make(SHAPE, latent_dim=2, hidden_dims=()).check_batch(without(images().float(), (1,)))

@@ -113,7 +113,7 @@ def test_subsets_are_all_nonempty_with_full_first() -> None:
     assert model.subsets()[0] == (0, 1, 2) and sorted(model.subsets()) == sorted(SUBSETS)
     assert MHVAE((3,), parts=(3,), hidden_dims=()).subsets() == [(0,)]
     assert len(MHVAE((6,), parts=(1,) * 6, hidden_dims=()).subsets()) == 63
-    with pytest.raises(AezooError, match="at most 6, got 7: take mvae or mmvae"):
+    with pytest.raises(AezooError, match="at most 6, got 7: use mvae or mmvae"):
         MHVAE((7,), parts=(1,) * 7)
 
 

@@ -72,7 +72,7 @@ def test_image_halves_and_channels_can_be_parts() -> None:
 
 def test_mixture_subset_count_is_bounded() -> None:
     MoPoEVAE((6,), parts=(1,) * 6)
-    with pytest.raises(AezooError, match="at most 6, got 7: take mvae or mmvae"):
+    with pytest.raises(AezooError, match="at most 6, got 7: use mvae or mmvae"):
         MoPoEVAE((7,), parts=(1,) * 7)
     MVAE((40,), parts=(1,) * 40)
 
@@ -286,7 +286,7 @@ def test_table_with_missing_values_trains_on_request() -> None:
     model = MVAE((6,), latent_dim=2, hidden_dims=(4,), likelihood="gaussian")
     quiet: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
-    with pytest.raises(AezooError, match=r"--data.missing keep is for models of .* mvae, and vae is none"):
+    with pytest.raises(AezooError, match=r"--data.missing keep is for models of .* mvae, which vae is not"):
         Trainer(max_epochs=1, accelerator="cpu", **quiet).fit(VAE((6,)), data)
     trainer.fit(model, data)
     assert all(p.isfinite().all() for p in model.parameters())

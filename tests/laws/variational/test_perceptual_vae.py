@@ -178,7 +178,7 @@ def test_vgg_weights_load_from_any_path_others_are_refused(hub: Any, tmp_path: P
     with pytest.raises(aezoo.AezooError, match="contains no weights of a VGG network"):
         PerceptualVAE(SHAPE, features=str(file), hidden_dims=(4,)).nll(x, x)
     with pytest.raises(
-        aezoo.AezooError, match=r"no weights of a VGG network in .*: give another path, or take features random$"
+        aezoo.AezooError, match=r"no weights of a VGG network in .*: give another path, or use features random$"
     ):
         PerceptualVAE(SHAPE, features=str(tmp_path / "none.pth"), hidden_dims=(4,)).nll(x, x)
     with pytest.raises(aezoo.AezooError, match="1 or 3 channels"):

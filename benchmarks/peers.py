@@ -316,7 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     check(arguments)
     name = environment(arguments, arguments.precision)
-    path = arguments.results / f"peers-{arguments.workload}-{name}.csv"
+    # runs of another size are other figures
+    size = "" if arguments.rows == WORKLOADS[arguments.workload].rows else f"{arguments.rows}rows"
+    path = arguments.results / f"peers-{arguments.workload}{size}-{name}.csv"
     command = command_line("peers", sys.argv[1:] if argv is None else argv, left_out=("--envs",))
     table, part_path = ResultsCSV(path, ("party",), command), path.with_suffix(".runs.part")
     if arguments.again != "all" and table.rows and not part_path.exists():

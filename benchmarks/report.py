@@ -421,7 +421,7 @@ def draw_pictures(folder: Path, rows: Mapping[str, list[Row]]) -> dict[Path, str
         for row in part
         if row.get("devices") == "1" or row.get("scaling_efficiency")
     ]
-    speed = {stem: part for stem, part in rows.items() if stem.startswith("peers-") and "-quality-" not in stem}
+    speed = {stem: part for stem, part in rows.items() if re.match(r"peers-(?!quality)[a-z]+\d*-", stem)}
     peers: dict[str, dict[str, list[Row]]] = {"": {}}
     for stem, part in speed.items():
         peers.setdefault(machine_name(stem), {})[stem.removeprefix("peers-")] = part

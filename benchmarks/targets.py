@@ -147,6 +147,16 @@ TARGETS: tuple[Target, ...] = (
         {"loop": 0.95, "lightning": 2.0, "keras_torch": 2.0, "pytorch_vae": 2.0, "pythae": 1.4, "keras_jax": 1.0},
         compiled=True,
     ),
+    *(
+        Target(
+            f"dense, fp32, {rows // 64} steps per epoch: time outside of training / time",
+            f"peers-dense{rows}rows-fp32-",
+            0.1,
+            cell({"party": "aezoo", "batch": "64"}, "outside_share"),
+            at_most=True,
+        )
+        for rows in (640, 3840, 32_000)
+    ),
     # Keras runs at fp32 here too; its own bf16 is in the table of the same run
     *_peers("dense", "bf16", {"keras_jax": 1.3}, compiled=True),
     *_peers("conv28", "fp32", {"loop": 0.95, "pythae": 1.3, "lightning": 1.3, "keras_tensorflow": 1.1}),

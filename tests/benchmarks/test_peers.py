@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 import subprocess
 import sys
 import types
@@ -101,11 +102,14 @@ def test_machine_name_separates_result_files(fake):
     named = path.with_stem(f"{path.stem}-zen4")
     assert {*fake.folder.glob("*.csv")} == {path, named}
     assert "--machine zen4" in read_csv(named)[0][0]
+    peers.main(["dense", "--rows", "640", "--parties", "loop", "aezoo", "--results", str(fake.folder)])
+    (short,) = fake.folder.glob("peers-dense640rows-*.csv")
+    assert {*fake.folder.glob("*.csv")} == {path, named, short}
     # targets are computed for each file
     stems = [
         stem
         for target, stem, _ in targets.evaluate_targets({path.stem: [], named.stem: []})
-        if "dense, fp32" in target.what
+        if "dense, fp32: " in target.what
     ]
     assert {*stems} == {path.stem, named.stem}
 
@@ -532,8 +536,18 @@ def test_targets_name_existing_peers_and_workloads():
     for target in targets.TARGETS:
         kind, _, rest = target.file.partition("-")
         if kind == "peers":
-            assert rest.split("-")[0] in WORKLOADS
-            assert target.what.rsplit(" ", 1)[1] in peers.PARTIES
+            size = re.fullmatch(rf"(?:{'|'.join(WORKLOADS)})(\d+rows)?", rest.split("-")[0])[1]
+            assert size or target.what.rsplit(" ", 1)[1] in peers.PARTIES
+
+
+def test_time_outside_of_training_is_a_target_of_short_epochs():
+    rows = [{"party": "loop", "batch": "64", "outside_share": "0"}]
+    rows.append({"party": "aezoo", "batch": "64", "outside_share": "0.125", "agrees": "no"})
+    found = targets.evaluate_targets({"peers-dense640rows-fp32-pt2.13-cpu2": rows})
+    judged = [(target.what, measured) for target, _, measured in found if measured]
+    assert [(what.split(":")[0], measured.median) for what, measured in judged] == [
+        ("dense, fp32, 10 steps per epoch", 0.125)
+    ]
 
 
 def test_remaining_targets_are_computed_from_rows():

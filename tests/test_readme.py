@@ -67,6 +67,13 @@ def test_figures_of_performance_match_result_files():
     states(f"slower than the loop on an Intel processor ({intel[0]} in float32, {intel[1]} in bfloat16)")
     states(f"on a Zen 5 processor it is faster in float32 ({zen5[0]}) and slower in bfloat16 ({zen5[1]})")
 
+    def outside(rows):
+        (share,) = figures(f"peers-dense{rows}rows-fp32-", "outside_share", "zen4", party="aezoo")
+        return f"{100 * share:.0f}"
+
+    few, *usual = map(outside, (640, 32_000, 3840))
+    states(f"{usual[0]} to {usual[1]} % of a run of 60 or 500 steps per epoch, and {few} % with 10 steps")
+
     def most(end, chosen="products"):
         by_precision = (
             figures(f"convolutions-{precision}-", "speedup", end, chosen=chosen) for precision in ("fp32", "bf16")

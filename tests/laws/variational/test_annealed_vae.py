@@ -191,5 +191,5 @@ def test_equals_vae_with_annealing_callback(quiet: Any) -> None:
     assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert mine["loss"][-1] != pytest.approx(-mine["elbo"][-1], rel=1e-2)
     for mode in ("linear", "capacity"):
-        with pytest.raises(aezoo.AezooError, match="annealed_vae has none"):
+        with pytest.raises(aezoo.AezooError, match="annealed_vae does not have"):
             fitted(quiet, annealing(), BetaAnnealing(mode, n_steps=6))

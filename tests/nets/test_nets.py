@@ -104,7 +104,7 @@ def test_keras_vae_network_has_published_parameter_count() -> None:
 
 
 def test_keras_vq_vae_network_has_published_parameter_count() -> None:
-    """Those of https://keras.io/examples/generative/vq_vae/: with 64 codes of dimension 16 the 48,913 that it prints."""
+    """Those of https://keras.io/examples/generative/vq_vae/; with 64 codes of 16 numbers 48,913, as printed there."""
     encoder = nets.encoder("conv_keras", (1, 28, 28), (16, 7, 7), (32, 64))
     decoder = nets.decoder("conv_keras", (16, 7, 7), (1, 28, 28), (64, 32))
     assert [sum(p.numel() for p in net.parameters()) for net in (encoder, decoder)] == [19_856, 28_033]

@@ -411,7 +411,7 @@ def test_commitment_moves_only_z_and_codebook_loss_only_codes(build):
 
 
 def test_beta_weights_commitment_gradient():
-    """To weight the codebook term is the bug of taming-transformers #57, diffusers #8226, 1d-tokenizer #95 and others."""
+    """Weighting the codebook term is the bug of taming-transformers #57, diffusers #8226 and 1d-tokenizer #95."""
     quantiser, z, beta = VQ(D, K, update="gradient").train(), torch.randn(30, D, requires_grad=True), 0.25
     found = quantiser(z)
     code, index, terms = quantiser.code_KD, found.indices[:, 0], found.terms

@@ -55,7 +55,7 @@ _OF_RESUME = ("denormals",)
 _TRAINED_STEPS, _LEAST_DENORMAL = 1_500, 0.05
 _OF_CONVOLUTIONS = ("conv_products", "sub_pixel", "separate_gradients")
 _OF_COMPILED = ("joint_backward",)
-# parts of processors of which MKL uses half
+# parts for processors where MKL uses half of the vector width
 _OF_HALF_WIDTH = ("linear", "inductor_lowering", "batch_inner", "overlap_add")
 _ALL_PARTS = "all"
 # the workload of kind resume, whose samples are digits

@@ -60,7 +60,7 @@ _OF_HALF_WIDTH = ("linear", "inductor_lowering", "batch_inner", "overlap_add")
 _ALL_PARTS = "all"
 # the workload of kind resume, whose samples are digits
 _RESUMED = "dense_article"
-_NEEDS_HALF_WIDTH = "needs a processor of which MKL uses half (AMD's since Zen 5)"
+_NEEDS_HALF_WIDTH = "needs a processor where MKL uses half of the vector width (AMD's since Zen 5)"
 _BY_LAYER = f"{_NEEDS_HALF_WIDTH}; `convolutions-*-zen5.csv` has the times of single layers there"
 # why a part has no rows
 NOT_MEASURED = {

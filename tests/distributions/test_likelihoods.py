@@ -414,7 +414,7 @@ def test_flags_state_data_range_and_discreteness() -> None:
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_outputs_can_start_at_a_mean(name: str) -> None:
+def test_params_from_mean_invert_the_mean(name: str) -> None:
     own, mean = likelihood(name), torch.linspace(0, 1, 11)
     params = own.params_from_mean(mean)
     assert params.isfinite().all()

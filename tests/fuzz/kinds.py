@@ -28,10 +28,10 @@ class Kind:
     """One kind of file.
 
     Attributes:
-        name: of the file that is written, which determines how it is read.
+        name: name of the file, which determines how it is read.
         payload: the bytes to damage.
         pack: builds the file from the damaged bytes, with valid checksums, which would otherwise reject all damage.
-        read: as a user would.
+        read: reads the file as a user would.
     """
 
     name: str

@@ -40,7 +40,7 @@ def mean_cosine(d: int, family: str, kappa: float) -> float:
 
 
 def test_large_order_bessel_functions_do_not_underflow() -> None:
-    """The one of scipy is 0 at order 249; the reference is I_nu(k) = (k/2)^nu / Gamma(nu + 1) * 0F1(nu + 1, k^2/4)."""
+    """At order 249 scipy's value is 0; the reference is I_nu(k) = (k/2)^nu / Gamma(nu + 1) * 0F1(nu + 1, k^2/4)."""
     d, kappa = 500, 1.0
     assert special.ive(d / 2 - 1, kappa) == 0
     log_z, mean_h = about_mean(d, "vmf").normaliser(concentrations(kappa, 1))

@@ -54,7 +54,7 @@ def test_mismatched_parts_or_samples_are_refused():
 
 
 class FixedCoherence:
-    """A model that samples two parts of the same class with probability `share`."""
+    """A model of which a given share of samples has two parts of the same class."""
 
     sizes, has_prior = (2, 2), True
 

@@ -332,7 +332,7 @@ def lasso(x, y, alpha=0.1):
     return abs(w)
 
 
-def test_dimensions_without_kl_and_without_change_are_left_out():
+def test_udr_omits_constant_and_zero_kl_dimensions():
     plain = udr(BLURRED, MIXED)
     wide = torch.cat([BLURRED, NOISE[:, :2], torch.ones(N, 1)], 1)
     kl = torch.tensor([1.0, 1, 1, 1, 0.005, 0.0, 2]).expand(N, 7)
@@ -419,7 +419,7 @@ def test_invalid_inputs_are_refused_in_one_line(metric, codes, factors, message)
     assert "\n" not in str(caught.value)
 
 
-def test_one_factor_is_enough_for_a_gap():
+def test_gap_metrics_accept_one_factor():
     for metric in (MIG(), SAP(), IRS()):
         metric.update(PERFECT, FACTORS[:, :1].float())
         assert float(metric.compute()) > (0.2 if isinstance(metric, IRS) else 0.98)

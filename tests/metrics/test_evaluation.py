@@ -49,7 +49,7 @@ def test_uneven_batches_match_whole_set_metrics(shape: tuple[int, ...]) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_perfect_reconstruction() -> None:
+def test_perfect_reconstruction_has_ideal_figures() -> None:
     evaluation, x = Evaluation((1, 12, 12), CPU), torch.rand(3, 1, 12, 12)
     evaluation.add({}, x, x)
     found = evaluation.compute()

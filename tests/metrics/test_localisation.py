@@ -68,7 +68,7 @@ def test_pixel_auroc_matches_scikit_learn():
 
 
 @pytest.mark.parametrize("truth", [np.zeros((1, 4, 4), bool), np.ones((1, 4, 4), bool), np.zeros((2, 4, 4), bool)])
-def test_masks_of_one_kind_or_another_shape_are_refused(truth):
+def test_constant_masks_and_wrong_shapes_are_refused(truth):
     for metric in (pixel_auroc, per_region_overlap):
         with pytest.raises(AezooError, match="masks"):
             metric(np.zeros((1, 4, 4)), truth)

@@ -103,7 +103,7 @@ def test_model_is_affordable_with_costly_networks(name, monkeypatch):
     assert built
 
 
-def test_classes_with_networks_of_any_kind_choose_sizes():
+def test_models_with_net_argument_choose_default_dims():
     for name, entry in entries().items():
         cls = aezoo.model_class(name) if entry.owner == "aezoo" else object
         parameters = inspect.signature(cls).parameters

@@ -191,7 +191,7 @@ def test_unknown_or_unsuitable_input_norm_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["topk_sae", "batch_topk_sae", "matryoshka_sae"])
-def test_directions_may_have_any_norm(name: str) -> None:
+def test_unit_norm_of_directions_can_be_disabled(name: str) -> None:
     free, bound = (
         aezoo.create_model(name, SHAPE, latent_dim=N, k=3, unit_norm=unit_norm).double() for unit_norm in (False, True)
     )

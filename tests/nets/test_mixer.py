@@ -44,7 +44,7 @@ def test_mixer_block_matches_formula(n: int, width: int, between: int, shifted: 
     assert (block(x_BND) - x_BND).abs().max() > 1e-3
 
 
-def test_token_mixing_depends_on_position_channel_mixing_not(shifted: Any) -> None:
+def test_only_token_mixing_depends_on_position(shifted: Any) -> None:
     block, x_BND = shifted(mixer.Block(6, 10, "gelu")).double(), torch.randn(3, 6, 10, dtype=torch.float64)
     order = torch.tensor([2, 0, 1, 5, 3, 4])
     assert (block(x_BND[:, order]) - block(x_BND)[:, order]).abs().max() > 1e-3

@@ -49,7 +49,7 @@ def test_encoder_reads_the_last_map_of_timm(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(x), encoder.head(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_vision_transformer_gives_normalised_tokens_in_place(tmp_path: Path) -> None:
+def test_vision_transformer_returns_normalised_token_map(tmp_path: Path) -> None:
     theirs = perturbed(timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8))
     file = weights_of(theirs, tmp_path / "x.safetensors")
     encoder: Any = nets.encoder(f"{VIT},pretrained={file}", (3, 32, 32), (5, 4, 4), ())
@@ -90,7 +90,7 @@ def test_one_channel_has_the_sum_of_pretrained_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "net", [RESNET, VIT, f"{RESNET},out_indices=1", f"{RESNET},decoder=mlp", f"{RESNET},img_size=64"]
 )
-def test_samples_return_in_their_shape(net: str, shape: tuple[int, ...]) -> None:
+def test_sample_shape_is_restored(net: str, shape: tuple[int, ...]) -> None:
     dims = nets.default_hidden_dims(net, shape)
     for code in ((6,), nets.map_shape(net, shape, dims, 4)):
         encoder, decoder = nets.encoder(net, shape, code, dims), nets.decoder(net, code, shape, dims[::-1])
@@ -217,7 +217,7 @@ def test_file_without_all_weights_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_new_weights_follow_the_seed_whatever_was_built_before() -> None:
+def test_new_weights_depend_only_on_the_seed() -> None:
     def first() -> Tensor:
         torch.manual_seed(3)
         return next(nets.encoder("timm:test_convnext", (3, 48, 64), (2,), ()).parameters())

@@ -51,7 +51,7 @@ def test_every_patch_is_written_from_every_token() -> None:
     assert (by_code.abs().amax(3) > 1e-9).all()
 
 
-def test_latent_tokens_permuted_give_tokens_permuted() -> None:
+def test_permuted_latent_tokens_permute_the_code() -> None:
     """Each token of the code is the output of its own latent token, in its order."""
     encoder, decoder = nets()
     x, order = data(3), torch.tensor([3, 1, 4, 0, 2])

@@ -565,7 +565,7 @@ def test_one_level_of_residual_fsq_is_fsq():
         assert torch.equal(of[0], of_other[0])
 
 
-def test_two_levels_a_channel_are_signs_in_fsq_lfq_and_bsq():
+def test_fsq_lfq_and_bsq_with_two_levels_give_signs():
     z = torch.randn(500, D)
     fsq, lfq, bsq = FSQ((2,) * D)(z), LFQ(D)(z), BSQ(D)(z)
     assert torch.equal(lfq.z_q, z.sign()) and torch.equal(fsq.z_q, z.sign())
@@ -929,11 +929,8 @@ def test_revived_codes_are_rows_of_all_ranks(monkeypatch):
 @pytest.mark.parametrize(
     ("n", "dead_below", "expected"),
     [
-        (
-            4,
-            1.0,
-            [14, 21, 28],
-        ),  # 14 steps from 1 to below N / 2K = 1/4, then from N / K log 2 / log(1 / d), rounded up to 7
+        # 14 steps from 1 to below N / 2K = 1/4, then log 2 / log(1 / d), rounded up to 7, from N / K
+        (4, 1.0, [14, 21, 28]),
         (4, 4.0, [14, 21, 28]),
         (4, 0.2, [16, 25]),
         (8, 1.0, [7, 14, 21, 28]),

@@ -148,7 +148,7 @@ def add_run_flags(
 
 def _machine(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must consist of small letters and digits")
+        raise argparse.ArgumentTypeError(f"{text!r} must consist of lowercase letters and digits")
     return text
 
 

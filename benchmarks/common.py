@@ -46,7 +46,7 @@ def environment(
         accelerator: a fixed accelerator that the user cannot choose.
 
     Raises:
-        AezooError: the accelerator is not available; its failures would become rows in the processor's file.
+        AezooError: the accelerator is not available; otherwise the CSV of the CPU would get rows with its errors.
     """
     import torch
 
@@ -148,7 +148,7 @@ def add_run_flags(
 
 def _machine(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must consist of small letters and digits")
+        raise argparse.ArgumentTypeError(f"{text!r} must consist of lowercase letters and digits")
     return text
 
 
@@ -244,7 +244,7 @@ class Spread(NamedTuple):
 
 
 def interleaved_medians(functions: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median of the values that each way returns, such as seconds; the first turn, a warm-up, does not count."""
+    """Median of the values that each function returns, such as seconds; the first turn, a warm-up, does not count."""
     found: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(1 + repeats):
         for name, function in functions.items():

@@ -12,9 +12,9 @@ from torch import Tensor
 import aezoo
 from aezoo.tasks.samples import evaluation_mode
 
-# terms of losses with an opponent that is also trained: their values depend on the opponent
-_GAME = frozenset(("adversarial", "discriminator", "mi"))
-# hyperparameters with the length of a schedule in optimiser steps; the loss is another one until it has ended
+# loss terms whose values depend on an opponent that is also trained
+_ADVERSARIAL_TERMS = frozenset(("adversarial", "discriminator", "mi"))
+# hyperparameters with the length of a schedule in optimiser steps; the loss changes until it has ended
 _SCHEDULES = ("capacity_steps", "kl_steps", "k_steps", "l0_steps", "l1_steps", "level_steps", "temperature_steps")
 # optimiser steps of each phase of a model that is trained layer by layer, as long as the usual schedule
 _PHASE_STEPS = 1000
@@ -38,12 +38,12 @@ class Budget(NamedTuple):
     samples: int = 4000
 
     def as_text(self) -> str:
-        """The text of a CSV's cell, without the limit of time: what has converged is the same with a longer one."""
+        """The text of a CSV's cell, without the time limit, which does not change a converged training."""
         return f"converged: {self.patience}x{self.interval} steps, least {self.least:g}"
 
 
 def clock(device: torch.device) -> float:
-    """Seconds of the processor that this process has used, which other processes do not lengthen; else of the clock."""
+    """Processor time of this process on the CPU, which other load does not increase; otherwise wall-clock time."""
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
@@ -53,7 +53,7 @@ def monitored(terms: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     The loss, except for losses with an opponent: the negative ELBO of those that have one, otherwise the nll. The loss
     of a perceptual model contains the opponent's gradient without its value.
     """
-    if not _GAME & terms.keys() or "perceptual" in terms:
+    if not _ADVERSARIAL_TERMS & terms.keys() or "perceptual" in terms:
         return "loss", terms["loss"]
     return ("-elbo", -terms["elbo"]) if "elbo" in terms else ("nll", terms["nll"])
 

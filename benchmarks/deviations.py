@@ -207,7 +207,7 @@ class Case(NamedTuple):
 
 _DICTIONARY = {"latent_dim": 256, "k": 4, "dead_after": 2000, "likelihood": "gaussian", "lr": 2e-3}
 _TOKENS = {"n_tokens": 8, "codebook_size": 64}
-_START = (hyperspherical_vae, "START", 0.0)  # of a
+_START = (hyperspherical_vae, "START", 0.0)  # initial value of a
 _LEARNED_ERROR = (TopKSAE, "aux", aux_through_error)
 CASES = {
     "memory_ae": Case(2500, ("nll",), {"authors": Variant(formulas=[(MemoryAE, "address", memory_product)])}),

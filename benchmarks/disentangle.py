@@ -61,11 +61,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add, count = parser.add_argument, common.at_least(1)
     add("--models", nargs="+", metavar="NAME", help=f"models to train (default {' '.join(MODELS)})")
     add("--steps", type=count, default=10_000, help="training steps of each run (default 10000)")
-    add("--rows", type=common.at_least(400), default=5000, metavar="N", help="samples to score by (default 5000)")
+    add("--rows", type=common.at_least(400), default=5000, metavar="N", help="samples for the metrics (default 5000)")
     add("--size", type=common.at_least(8), default=32, help="side of the images (default 32)")
     add("--code-size", type=count, default=10, help="numbers in a code (default 10)")
     add("--batch-size", type=count, default=128)
-    add("--net", help="mlp, conv or resnet; without it the models' own")
+    add("--net", help="mlp, conv or resnet (default: each model's own)")
     common.add_run_flags(parser, "model", timeout=36_000)
     return parser.parse_args(argv)
 

@@ -88,14 +88,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--features", type=Path, metavar="DIR", help="folders of features, see below")
     add("--data", nargs="+", default=[], metavar="NAME", help="sets for the models, such as mnist5k")
-    add("--root", default="data", metavar="DIR", help="where these sets are (default data)")
+    add("--root", default="data", metavar="DIR", help="folder of these sets (default data)")
     add(
         "--classes", nargs="+", default=[str(i) for i in range(10)], metavar="NAME", help="normal classes (default 0-9)"
     )
-    add("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="NAME", help=f"of {', '.join(MODELS)}")
-    add("--epochs", type=at_least(1), default=5, metavar="N", help="of training; 1 of padim and patchcore (default 5)")
-    add("--trained", type=at_least(50), default=1000, metavar="N", help="most training samples (default 1000)")
-    add("--tested", type=at_least(50), default=1000, metavar="N", help="most test samples (default 1000)")
+    add(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=[*MODELS],
+        metavar="NAME",
+        help=f"models to train, of {', '.join(MODELS)}",
+    )
+    add("--epochs", type=at_least(1), default=5, metavar="N", help="epochs; padim and patchcore take 1 (default 5)")
+    add(
+        "--trained",
+        type=at_least(50),
+        default=1000,
+        metavar="N",
+        help="maximum number of training samples (default 1000)",
+    )
+    add("--tested", type=at_least(50), default=1000, metavar="N", help="maximum number of test samples (default 1000)")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds 0 to N - 1 (default 3)")
     arguments = parser.parse_args(argv)
     if arguments.features is None and not arguments.data:

@@ -57,10 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser("kodak", __doc__)
     parser.add_argument("--kodak", type=Path, required=True, metavar="DIR", help="folder of the photographs")
-    parser.add_argument("--runs", type=Path, default=Path("build/kodak"), metavar="DIR", help="%(default)s")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("build/kodak"),
+        metavar="DIR",
+        help="folder of trained models (default %(default)s)",
+    )
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=[*MODELS], metavar="NAME")
-    parser.add_argument("--seconds", type=seconds, default=600.0, help="most of a training (default 600)")
-    parser.add_argument("--photographs", type=at_least(1), default=24, help="only the first of them (default 24)")
+    parser.add_argument("--seconds", type=seconds, default=600.0, help="maximum seconds of a training (default 600)")
+    parser.add_argument(
+        "--photographs", type=at_least(1), default=24, help="use only the first N photographs (default 24)"
+    )
     arguments = parser.parse_args(argv)
     files = sorted(arguments.kodak.expanduser().glob("kodim*.png"))[: arguments.photographs]
     if not files:

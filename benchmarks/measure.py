@@ -1,4 +1,4 @@
-"""Clocks, counters and the machine's own peak, for the rows of `speed`."""
+"""Timers, counters and the measured peak of the machine, for the rows of `speed`."""
 
 import itertools
 import statistics
@@ -192,7 +192,7 @@ class EpochTimer(pl.Callback):
 
 
 class GuardCost(pl.Callback):
-    """The cost of the fault guard: it runs in every second block of batches, and the steps with and without compare.
+    """Measures the cost of the fault guard: it runs in every second block, to compare steps with and without it.
 
     The time spent inside the guard would be misleading: the data that it reads are then cached for the optimiser, and
     the data that it evicts cost time later.
@@ -218,7 +218,7 @@ class GuardCost(pl.Callback):
         def wrapper(*args: Any) -> Any:
             return method(*args) if self._batch // self._block % 2 else default
 
-        wrapper.__self__ = owner  # type: ignore[attr-defined]  # whose it is, as of the method
+        wrapper.__self__ = owner  # type: ignore[attr-defined]  # as of a bound method
         return wrapper
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:

@@ -47,20 +47,39 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = common.build_parser("peers quality", __doc__)
     add, count = parser.add_argument, common.at_least(1)
-    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help="which; all")
-    add("--seeds", type=count, default=3, metavar="N", help="of weights, order and noise: 0 to N - 1 (default 3)")
-    add("--epochs", type=count, default=100, metavar="N", help="over 4,000 digits (default 100)")
-    add("--batch", type=count, default=100, metavar="N", help="digits a step (default 100)")
+    add(
+        "--models",
+        nargs="+",
+        choices=list(MODELS),
+        default=list(MODELS),
+        metavar="NAME",
+        help="models to train (default: all)",
+    )
+    add("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 of weights, order and noise (default 3)")
+    add("--epochs", type=count, default=100, metavar="N", help="epochs of 4,000 digits (default 100)")
+    add("--batch", type=count, default=100, metavar="N", help="digits per step (default 100)")
     add("--latent-dim", type=count, default=20, metavar="N", help="numbers in a code (default 20)")
-    add("--importance-samples", type=count, default=1000, metavar="N", help="of log_likelihood (default 1000)")
-    add("--elbo-samples", type=count, default=100, metavar="N", help="of elbo (default 100)")
-    add("--timeout", type=common.seconds, default=3600.0, metavar="S", help="seconds for a run (3600)")
+    add(
+        "--importance-samples",
+        type=count,
+        default=1000,
+        metavar="N",
+        help="draws per digit for log_likelihood (default 1000)",
+    )
+    add("--elbo-samples", type=count, default=100, metavar="N", help="draws per digit for elbo (default 100)")
+    add(
+        "--timeout",
+        type=common.seconds,
+        default=3600.0,
+        metavar="S",
+        help="give up a run after this many seconds (default 3600)",
+    )
     add(
         "--envs",
         type=Path,
         default=default_folder(),
         metavar="DIR",
-        help="where pythae's environment is made (%(default)s)",
+        help="folder of pythae's environment (default %(default)s)",
     )
     return parser.parse_args(argv)
 

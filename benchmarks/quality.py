@@ -230,22 +230,28 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = common.build_parser("quality", __doc__)
     add, count = parser.add_argument, common.at_least(1)
-    add("--models", nargs="+", metavar="NAME", help="models to train; without it all that suit the data")
+    add("--models", nargs="+", metavar="NAME", help="models to train (default: all that suit the data)")
     add("--data", default="mnist5k", help="a name or a path that --data.name of `aezoo fit` takes")
     add("--root", default="data", help="folder of the data set's files or of its download")
-    add("--size", type=count, help="resize images to this")
+    add("--size", type=count, help="resize images to this side")
     add("--rows", type=count, metavar="N", help="use at most this many samples of each split")
     add("--batch-size", type=count, default=128)
     add("--code-sizes", type=count, nargs="+", metavar="N", default=[16], help="sizes of codes (default 16)")
     add("--interval", type=count, default=200, metavar="N", help="steps between two evaluations (default 200)")
-    add("--patience", type=count, default=10, metavar="N", help="evaluations without improvement (default 10)")
-    add("--least", type=float, default=5e-4, metavar="SHARE", help="what counts as an improvement (default 0.0005)")
+    add(
+        "--patience",
+        type=count,
+        default=10,
+        metavar="N",
+        help="evaluations without improvement that end a run (default 10)",
+    )
+    add("--least", type=float, default=5e-4, metavar="SHARE", help="least improvement, see below (default 0.0005)")
     add("--most-seconds", type=common.seconds, default=300.0, help="end a run after this long (default 300)")
     add("--top", type=count, metavar="N", help="seeds above 0 only for the N best models of each kind")
-    add("--probe-rows", type=count, default=10_000, help="most training codes that a classifier sees (default 10000)")
-    add("--importance-samples", type=count, default=100, help="draws behind each log_likelihood (default 100)")
+    add("--probe-rows", type=count, default=10_000, help="maximum training codes of a classifier (default 10000)")
+    add("--importance-samples", type=count, default=100, help="draws for each log_likelihood (default 100)")
     add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of training and test")
-    # of the clock, which other load stretches
+    # wall-clock time, which includes delays by other load
     common.add_run_flags(parser, "run", timeout=43_200)
     return parser.parse_args(argv)
 

@@ -68,14 +68,26 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     """Read the command line."""
     parser = common.build_parser("quantisers", __doc__)
     add, count = parser.add_argument, common.at_least(1)
-    add("--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="NAME", help=f"of {', '.join(KINDS)}")
-    add("--codes", nargs="+", type=common.at_least(2), default=[*CODES], metavar="K", help="codes of a codebook")
-    add("--dim", type=count, default=32, help="channels of z, where the kind leaves it open (default 32)")
+    add(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=[*KINDS],
+        metavar="NAME",
+        help=f"kinds of quantisers, of {', '.join(KINDS)}",
+    )
+    add("--codes", nargs="+", type=common.at_least(2), default=[*CODES], metavar="K", help="numbers of codes")
+    add("--dim", type=count, default=32, help="channels of z, for kinds that do not determine it (default 32)")
     add("--batch", type=count, help=f"maps of {SIDE}x{SIDE} places (default 1 on the CPU, 16 on a GPU)")
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     add("--threads", type=count, default=1, help="threads on the CPU (default 1)")
-    add("--repeats", type=count, default=7, help="rounds after the warm-up, at most (default 7)")
-    add("--seconds", type=common.seconds, default=60.0, help="no round begins later in a row than this (default 60)")
+    add("--repeats", type=count, default=7, help="maximum number of rounds after the warm-up (default 7)")
+    add(
+        "--seconds",
+        type=common.seconds,
+        default=60.0,
+        help="start no further round of a row after this time (default 60)",
+    )
     add("--seed", type=int, default=0)
     add("--timeout", type=common.seconds, default=1800.0, help="give up a row after this many seconds (default 1800)")
     return parser.parse_args(argv)

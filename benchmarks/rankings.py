@@ -42,7 +42,7 @@ def friedman(ranks: Values, n_sets: int) -> Friedman:
     n, k = n_sets, len(ranks)
     chi2 = 12 * n / (k * (k + 1)) * (float((ranks**2).sum()) - k * (k + 1) ** 2 / 4)
     left = n * (k - 1) - chi2
-    if left <= 1e-9 * n * k:  # all sets rank the methods alike
+    if left <= 1e-9 * n * k:  # all sets give the same ranks
         return Friedman(chi2, math.inf, 0.0)
     f = (n - 1) * chi2 / left
     return Friedman(chi2, f, float(f_distribution.sf(f, k - 1, (k - 1) * (n - 1))))
@@ -52,7 +52,7 @@ def critical_difference(n_methods: int, n_sets: int, alpha: float = 0.05) -> flo
     """The least difference of two average ranks that is significant, by Nemenyi's test of all pairs."""
     from scipy.stats import studentized_range
 
-    # of infinite degrees of freedom, which scipy approximates by an integral of one dimension
+    # with infinite degrees of freedom, for which scipy computes a one-dimensional integral
     q = float(studentized_range.ppf(1 - alpha, n_methods, np.inf)) / math.sqrt(2)
     return q * math.sqrt(n_methods * (n_methods + 1) / (6 * n_sets))
 

@@ -302,7 +302,7 @@ def figures(files: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
 
 
 def text(files: Mapping[str, Sequence[Row]]) -> str:
-    """The content of `path()`: a model a line."""
+    """The content of `path()`: one line per model."""
     lines = [f"{json.dumps(name)}: {json.dumps(of, ensure_ascii=False)}" for name, of in figures(files).items()]
     return "{\n" + ",\n".join(lines) + "\n}"
 

@@ -74,12 +74,25 @@ def parse_arguments(words: Sequence[str]) -> Namespace:
     add = parser.add_argument
     add("kinds", nargs="*", choices=[*KINDS, []], help="train, infer; both if none is given")
     add("--models", nargs="+", default=[*WORKLOADS], metavar="M", help="workloads, models, patterns, all, name:{yaml}")
-    add("--shapes", nargs="+", default=["1x28x28"], metavar="S", help="shapes of a sample, for models without a fixed")
+    add(
+        "--shapes",
+        nargs="+",
+        default=["1x28x28"],
+        metavar="S",
+        help="shapes of a sample, for models without a fixed one",
+    )
     add("--precision", nargs="+", default=["fp32"], choices=("fp32", "bf16"))
     add("--compile", nargs="+", default=["off", "default"], choices=COMPILE)
-    add("--batch", nargs="+", type=int, default=[], metavar="N", help="samples a device and step; the workload's own")
+    add(
+        "--batch",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="samples per device and step; default: the workload's",
+    )
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu", "cuda", "mps"))
-    add("--devices", default="1", metavar="N,N", help="counts of devices, such as 1,2,4; training only")
+    add("--devices", default="1", metavar="N,N", help="numbers of devices, such as 1,2,4; training only")
     add("--threads", type=int, help="threads of a device on the CPU; by default its share of the cores")
     add("--memory", choices=("auto", "on", "off"), help="whether the DataModule contains the samples")
     add("--interface", default="on", choices=("on", "off"), help="off: no bar, logger, checkpoints and guards")

@@ -55,12 +55,12 @@ _OF_RESUME = ("denormals",)
 _TRAINED_STEPS, _LEAST_DENORMAL = 1_500, 0.05
 _OF_CONVOLUTIONS = ("conv_products", "sub_pixel", "separate_gradients")
 _OF_COMPILED = ("joint_backward",)
-# parts of processors of which MKL uses half
+# parts for processors where MKL uses half of the vector width
 _OF_HALF_WIDTH = ("linear", "inductor_lowering", "batch_inner", "overlap_add")
 _ALL_PARTS = "all"
 # the workload of kind resume, whose samples are digits
 _RESUMED = "dense_article"
-_NEEDS_HALF_WIDTH = "needs a processor of which MKL uses half (AMD's since Zen 5)"
+_NEEDS_HALF_WIDTH = "needs a processor where MKL uses half of the vector width (AMD's since Zen 5)"
 _BY_LAYER = f"{_NEEDS_HALF_WIDTH}; `convolutions-*-zen5.csv` has the times of single layers there"
 # why a part has no rows
 NOT_MEASURED = {

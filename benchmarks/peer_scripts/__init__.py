@@ -1,1 +1,1 @@
-"""What runs in the processes of `benchmarks.peers`: one file a party, which needs only that party's packages."""
+"""Scripts for the processes of `benchmarks.peers`: one file per party, which needs only that party's packages."""

@@ -36,14 +36,14 @@ QUALITY = {"aezoo_quality": ("aezoo_quality", "fit"), "pythae_quality": ("pythae
 
 
 def function(party: str) -> Callable[[Job], dict[str, Any]]:
-    """What trains that party's run."""
+    """The function that trains a run of this party."""
     module, name = (PARTIES | QUALITY)[party]
     found: Callable[[Job], dict[str, Any]] = getattr(import_module(f"{__package__}.{module}"), name)
     return found
 
 
 def end_with_parent() -> None:
-    """End, with all children, when the process that asked for the run closes standard input or ends."""
+    """End, with all children, when the process that started the run closes standard input or ends."""
     while os.read(0, 1):
         pass
     if hasattr(os, "killpg"):

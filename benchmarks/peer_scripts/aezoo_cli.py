@@ -1,4 +1,4 @@
-"""`aezoo fit` as a user types it, with all defaults on; its figures are read from the run's TensorBoard events."""
+"""`aezoo fit` with all defaults, as users run it; its figures are read from the run's TensorBoard events."""
 
 import runpy
 import sys
@@ -9,17 +9,17 @@ from typing import Any
 
 from .job import Job
 
-# what the benchmark adds to a user's command on every run; --aezoo-flags adds to it for one
+# flags added to the command of every run; --aezoo-flags adds more for one run
 EXTRA: tuple[str, ...] = ()
 
 
 def arguments(job: Job) -> list[str]:
-    """The command line, from the folder of the run."""
+    """The command line, to be called in the folder of the run."""
     model = "vae" if job.variational else "dense_ae"
     flags = {
         "--data.name": "array",
         "--data.root": job.data,
-        # only train and val are in the file, and a test would be carved out of train
+        # the file has only train and val; a test split would be taken from train
         "--data.test_fraction": "0",
         "--data.batch_size": str(job.batch),
         "--model.latent_dim": str(job.latent_dim),
@@ -35,7 +35,7 @@ def arguments(job: Job) -> list[str]:
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Run `python -m aezoo fit ...` in this process, so that its memory and its first step can be read."""
+    """Run `python -m aezoo fit ...` in this process, so that its memory and first step can be measured."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -65,7 +65,7 @@ def fit(job: Job) -> dict[str, Any]:
 
 
 def events(run: Path, rows: int) -> dict[str, list[float]]:
-    """Samples a second and loss of each epoch; `turns` also counts validation, pictures and checkpoints."""
+    """Samples per second and loss of each epoch; `turns` are rates including validation, pictures and checkpoints."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (path,) = run.glob("events*")

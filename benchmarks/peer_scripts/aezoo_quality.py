@@ -1,4 +1,4 @@
-"""The zoo's variational models on dense networks, in Lightning's Trainer; the trained weights go to a file."""
+"""The zoo's variational models on dense networks, in Lightning's Trainer; the trained weights are written to a file."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from .networks import training_rows
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train what the job's options name, `model=iwae`, `n_samples=5`, ..., and write the weights to `out=FILE`."""
+    """Train the model of the job's options (`model=iwae`, `n_samples=5`, ...) and write its weights to `out=FILE`."""
     options: dict[str, str] = dict(option.split("=") for option in job.options)
     name, out = options.pop("model"), options.pop("out")
     values: dict[str, Any] = {key: float(value) if "." in value else int(value) for key, value in options.items()}
     pl.seed_everything(job.seed, verbose=False)
     values |= {"latent_dim": job.latent_dim, "hidden_dims": job.hidden_dims, "lr": job.lr}
     model: Any = aezoo.create_model(name, job.shape, **values)
-    model.compile_mode = "off"  # compiled noise is another
+    model.compile_mode = "off"  # a compiled step draws other noise
     parameters = [*model.encoder.parameters(), *model.decoder.parameters()]
     with np.load(job.weights) as file, torch.no_grad():
         for parameter, key in zip(parameters, file.files, strict=True):

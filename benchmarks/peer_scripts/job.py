@@ -1,4 +1,4 @@
-"""What a party gets and what it hands back; without torch, for environments that have none."""
+"""Inputs and results of a party's run; without torch, for environments that do not have it."""
 
 import json
 import os
@@ -17,23 +17,23 @@ class Job:
     """One training run.
 
     Attributes:
-        party: whose.
+        party: the party that trains.
         data: .npz with `x_train` and `x_val`, uint8 (N, *shape).
         weights: .npz with the initial weights in the order of the PyTorch network's parameters.
-        shape: one sample, channels first; the dense network takes it flat.
+        shape: shape of a sample, channels first; it is flattened for the dense network.
         hidden_dims: widths of the dense encoder, or channels of the stages of stride 2 of the convolutional one.
         latent_dim: size of the code.
-        variational: a Gaussian code and its KL term; else the plain autoencoder with a rectified code.
+        variational: a Gaussian code and its KL term; otherwise an autoencoder with a rectified code.
         rows: training rows in the data file.
-        batch: rows a step.
+        batch: rows per step.
         epochs: passes over the rows; the first is warm-up.
-        threads: threads of the computation.
+        threads: number of threads.
         precision: fp32 or bf16.
-        seed: of weights, order and noise.
+        seed: seed of weights, order and noise.
         lr: Adam's learning rate.
-        options: the party's own switches.
+        options: further options of the party.
         accelerator: cpu or cuda.
-        started: `time.time()` when its process was started.
+        started: `time.time()` at the start of the process.
     """
 
     party: str
@@ -62,16 +62,16 @@ class Job:
         return cls(**(values | lists))
 
     def order_seed(self, epoch: int) -> int:
-        """Seed of an epoch's permutation: that of aezoo's sampler, so that all see the same batches."""
+        """Seed of an epoch's permutation, as in aezoo's sampler, so that all parties see the same batches."""
         return self.seed * 1_000_003 + epoch
 
 
 class Clock:
-    """When epochs began and ended, and what they lost.
+    """Records the start, duration and loss of epochs.
 
     Args:
-        job: the run; its `started` is the zero of `first_step`.
-        wait: waits for a device whose work is only queued when Python goes on, before any clock is read.
+        job: the run; `first_step` counts from its `started`.
+        wait: waits until an asynchronous device has finished; called before each time is taken.
     """
 
     def __init__(self, job: Job, wait: Callable[[], object] = lambda: None) -> None:
@@ -82,25 +82,25 @@ class Clock:
         self.first_step: float | None = None
 
     def record_step(self) -> None:
-        """The first optimiser step is done; later calls change nothing."""
+        """Record the end of the first optimiser step; later calls have no effect."""
         if self.first_step is None:
             self.wait()
             self.first_step = time.time() - self.job.started
 
     def begin(self) -> None:
-        """An epoch begins."""
+        """Record the start of an epoch."""
         self.wait()
         self.begins.append(time.perf_counter())
 
     def end(self, loss: float | None = None) -> None:
-        """Its last step is done; `loss` is the mean over its samples, in nats a sample."""
+        """Record the end of an epoch and its loss, the mean over samples in nats."""
         self.wait()
         self.seconds.append(time.perf_counter() - self.begins[-1])
         if loss is not None:
             self.losses.append(loss)
 
     def result(self, parameters: int, **versions: str) -> dict[str, Any]:
-        """What goes back to `benchmarks.peers`: rates of epochs, and `turns`, those with all between two epochs."""
+        """The result for `benchmarks.peers`; `rates` are of epochs, `turns` include the time between epochs."""
         rows = self.job.rows
         turns = [after - before for before, after in pairwise(self.begins)]
         return {
@@ -114,21 +114,21 @@ class Clock:
 
 
 def usage(started: float) -> dict[str, float | None]:
-    """Peak memory in MB and CPU seconds a second of this process."""
+    """Peak memory in MB of this process, and its CPU seconds per second."""
     return {"peak_rss_mb": _peak_memory_mb(), "cores_used": time.process_time() / (time.time() - started)}
 
 
 def _peak_memory_mb() -> float | None:
     status = Path("/proc/self/status")
     if status.is_file():
-        # getrusage's peak on Linux begins with that of the process which started this one
+        # on Linux the peak of getrusage includes that of the parent process
         found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
         return int(found[1]) * 1024 / 1e6 if found else None
     if sys.platform == "win32":
         return None
     import resource
 
-    # bytes on macOS
+    # kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 

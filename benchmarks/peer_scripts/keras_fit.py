@@ -1,4 +1,4 @@
-"""Keras 3 with `model.fit` and its defaults, on the backend that the party's name says."""
+"""Keras 3 with `model.fit` and its defaults, on the backend in the party's name."""
 
 import math
 import os
@@ -23,7 +23,7 @@ def _backend(job: Job) -> str:
 
         tf.config.threading.set_intra_op_parallelism_threads(job.threads)
         tf.config.threading.set_inter_op_parallelism_threads(job.threads)
-        # the others fail by themselves, it would go on without a word
+        # the other backends fail without a GPU; TensorFlow would use the CPU without an error
         if job.accelerator == "cuda" and not tf.config.list_physical_devices("GPU"):
             raise RuntimeError("tensorflow finds no GPU: install the CUDA libraries that its wheels name")
     elif backend == "torch":
@@ -41,7 +41,7 @@ def _dense(job: Job, keras: Any) -> Any:
 
 
 def _probabilities(keras: Any) -> Any:
-    """Sigmoid in float32 at any precision, as Keras's guide to mixed precision asks for."""
+    """Sigmoid in float32 at any precision, as Keras's guide to mixed precision recommends."""
     return keras.layers.Activation("sigmoid", dtype="float32")
 
 
@@ -52,7 +52,7 @@ def _conv(job: Job, keras: Any) -> Any:
         """z from the posterior; adds its KL term to the loss."""
 
         def __init__(self) -> None:
-            super().__init__(dtype="float32")  # the loss's parts as well
+            super().__init__(dtype="float32")  # for the loss terms as well
             self.seeds = keras.random.SeedGenerator(job.seed)
 
         def call(self, posterior: Any) -> Any:
@@ -99,7 +99,7 @@ def _weights(job: Job) -> list[Floats]:
         if kernel.ndim == 4:  # (out, in, h, w), and (in, out, h, w) for the transposed ones: Keras swaps both
             kernel = kernel.transpose(2, 3, 1, 0)[::-1, ::-1]
         else:
-            # features in the order (h, w, channels) where they were (channels, h, w)
+            # reorder features from (channels, h, w) to (h, w, channels)
             width = job.hidden_dims[-1]
             side = math.isqrt(max(kernel.shape) // width)
             if i == 2 * stages:
@@ -130,16 +130,16 @@ def fit(job: Job) -> dict[str, Any]:
         weight.assign(value)
 
     def nats(x: Any, x_hat: Any) -> Any:
-        """Keras averages over values where the others sum: the same gradient times a constant."""
+        """The cross-entropy in nats per sample, as of the other parties; Keras averages over values."""
         axes = tuple(range(1, len(x.shape)))
         return math.prod(job.shape) * keras.ops.mean(keras.losses.binary_crossentropy(x, x_hat), axis=axes[:-1])
 
     clock = Clock(job)
 
     class Timer(keras.callbacks.Callback):
-        """Fills the clock."""
+        """Records epochs in the clock."""
 
-        # without this Keras would run all callbacks, the progress bar too, in the training thread
+        # otherwise Keras would run all callbacks, including the progress bar, in the training thread
         async_safe = True
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -153,7 +153,7 @@ def fit(job: Job) -> dict[str, Any]:
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             clock.end(float(logs["loss"]))
 
-    # torch's epsilon, where Keras has 1e-7
+    # torch's epsilon; the default of Keras is 1e-7
     network.compile(optimizer=keras.optimizers.Adam(job.lr, epsilon=1e-8), loss=nats)
     network.fit(x, x, batch_size=job.batch, epochs=job.epochs, callbacks=[Timer()])
     package = "tensorflow-cpu" if backend == "tensorflow" and job.accelerator == "cpu" else backend

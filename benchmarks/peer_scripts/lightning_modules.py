@@ -1,4 +1,4 @@
-"""Lightning as tutorials use it, and as the trainer of PyTorch-VAE does, re-told in short."""
+"""Lightning as in tutorials, and a short version of PyTorch-VAE's training code."""
 
 import logging
 from importlib.metadata import version
@@ -23,10 +23,10 @@ from .networks import (
 
 
 class Timer(pl.Callback):
-    """Fills the clock; about ten microseconds a step.
+    """Records epochs in the clock, at about ten microseconds per step.
 
     Args:
-        clock: of the run.
+        clock: the clock of the run.
     """
 
     def __init__(self, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""Hand-written PyTorch loops: the reference, and the loop of textbooks."""
+"""Hand-written PyTorch loops: the fast reference, and a loop as in textbooks."""
 
 import ctypes
 import sys
@@ -12,7 +12,7 @@ from .job import Job
 from .networks import Network, build_clock, epoch_order, loss_on_logits, loss_on_probabilities, training_rows
 
 Step = Callable[[], object]
-# of malloc.h
+# from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
@@ -28,11 +28,11 @@ def keep_pages() -> bool:
 
 
 def prepare(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
-    """The network and the rows as bytes, where they are trained, and the loss of some of these rows."""
+    """The network and the rows as bytes on the training device, and the loss of a batch of rows."""
     torch.manual_seed(job.seed)
     torch.set_flush_denormal(True)
     if job.accelerator == "cuda":
-        # what the zoo's command line and torch's guide to tuning switch on
+        # settings of the zoo's command line and of torch's tuning guide
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     network, data = Network(job).to(job.accelerator), training_rows(job).to(job.accelerator)
@@ -55,13 +55,13 @@ def prepare(job: Job) -> tuple[Network, Tensor, Callable[[Tensor], Tensor]]:
 def compiled(job: Job) -> dict[str, Any]:
     """The fastest hand-written PyTorch loop.
 
-    Options, to measure what each is worth: no-compile, no-channels-last, no-malloc, compiled-optimizer.
+    Options, to measure the gain of each optimisation: no-compile, no-channels-last, no-malloc, compiled-optimizer.
     """
     if "no-malloc" not in job.options:
         keep_pages()
     network, data, forward = prepare(job)
     optimizer = torch.optim.Adam(network.parameters(), lr=job.lr, fused=True)
-    # two graphs, one for whole batches and one for the last; shapes as variables would make both slower
+    # one graph for full batches and one for the last; dynamic shapes would make both slower
     loss_of = forward if "no-compile" in job.options else torch.compile(forward, fullgraph=True, dynamic=False)
     update = torch.compile(optimizer.step) if "compiled-optimizer" in job.options else optimizer.step
     buffer, clock, n = torch.empty_like(data[: job.batch]), build_clock(job), len(data)
@@ -82,7 +82,7 @@ def compiled(job: Job) -> dict[str, Any]:
 
 
 def capture_graph(step: Step) -> Step:
-    """One CUDA graph of a step, as torch's documentation has it: warm up on a side stream, then capture."""
+    """One CUDA graph of a step, as in torch's documentation: warm up on a side stream, then capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -98,22 +98,22 @@ def capture_graph(step: Step) -> Step:
 def graph(job: Job, record: Callable[[Step], Step] = capture_graph) -> dict[str, Any]:
     """The bare loop with forward, backward and fused Adam in one CUDA graph; a second graph for the epoch's last batch.
 
-    Not run on a GPU yet: tests run on the CPU the step that is recorded.
+    Not run on a GPU yet; tests run the recorded step on the CPU.
 
     Args:
         job: the run.
-        record: turns a step into what repeats it, and may run it for that; a test's on the CPU.
+        record: turns a step into a function that repeats it, and may run the step; tests give one for the CPU.
     """
     network, data, forward = prepare(job)
     optimizer = torch.optim.Adam(network.parameters(), lr=job.lr, fused=True, capturable=True)
     total, clock, n = torch.zeros((), device=data.device), build_clock(job), len(data)
 
     def recorded(size: int) -> tuple[Tensor, Step]:
-        """The buffer for a step's batch, and the step."""
+        """The input buffer of a step, and the recorded step."""
         batch = data[:size].clone()
 
         def step() -> None:
-            # none before the recording, so that the graph writes gradients and adds to nothing
+            # no gradients before the recording, so that the graph writes them instead of adding to them
             optimizer.zero_grad(set_to_none=True)
             loss = forward(batch)
             loss.backward()
@@ -125,7 +125,7 @@ def graph(job: Job, record: Callable[[Step], Step] = capture_graph) -> dict[str,
     untrained = [parameter.detach().clone() for parameter in network.parameters()]
     steps = {size: recorded(size) for size in {min(job.batch, n), n % job.batch} - {0}}
     with torch.no_grad():
-        # the warm-up has trained, in place of which the graphs know
+        # undo the training steps of the warm-up, in place because the graphs refer to these tensors
         for parameter, value in zip(network.parameters(), untrained, strict=True):
             parameter.copy_(value)
             for moment in optimizer.state[parameter].values():

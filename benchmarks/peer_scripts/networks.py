@@ -1,4 +1,4 @@
-"""The networks and losses in plain PyTorch, written out once more: proof that parties train the same thing."""
+"""The networks and losses in plain PyTorch, without aezoo's code, to check that all parties train the same."""
 
 import math
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ def sample_posterior(mu: Tensor, log_var: Tensor) -> Tensor:
 
 
 def kl(mu: Tensor, log_var: Tensor) -> Tensor:
-    """KL to the standard normal, in nats a sample."""
+    """KL to the standard normal, in nats per sample."""
     return 0.5 * (mu**2 + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
@@ -79,7 +79,7 @@ def loss_on_logits(network: Network, x: Tensor, variational: bool) -> Tensor:
 
 
 def loss_on_probabilities(network: Network, x: Tensor, variational: bool) -> Tensor:
-    """The same as textbooks write it: sigmoid, then cross-entropy."""
+    """The same as in textbooks: sigmoid, then cross-entropy."""
     if not variational:
         x_hat = torch.sigmoid(network.decoder(network.encoder(x)).float())
         return F.binary_cross_entropy(x_hat, x, reduction="sum") / len(x)
@@ -105,7 +105,7 @@ def epoch_order(job: Job, n: int, epoch: int) -> Tensor:
 
 
 class EpochOrderSampler(Sampler[int]):
-    """This order for torch's loader; as costly as torch's random sampler.
+    """Gives rows in `epoch_order` to torch's loader, at the cost of torch's random sampler.
 
     Args:
         job: the run.
@@ -116,7 +116,7 @@ class EpochOrderSampler(Sampler[int]):
         self.job, self.n, self.epoch = job, n, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch comes next. Lightning calls this; its loop stops at the last row, before `__iter__` counts."""
+        """Set the next epoch. Lightning calls this; its loop stops at the last row, before `__iter__` counts."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -124,5 +124,5 @@ class EpochOrderSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         yield from epoch_order(self.job, self.n, self.epoch).tolist()
-        # not reached where a trainer only peeps at the first batch
+        # not reached if a trainer only reads the first batch
         self.epoch += 1

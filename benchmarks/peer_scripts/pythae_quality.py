@@ -66,14 +66,14 @@ class Seeded(DataLoader[Any]):
             self.seeds = file["noise_seeds"].tolist()
 
     def __iter__(self) -> Any:
-        # the trainer peeps at a first batch before it begins
+        # the trainer also reads a first batch before training
         for seed, batch in zip(self.seeds[self.order.epoch], super().__iter__(), strict=True):
             torch.manual_seed(seed)
             yield batch
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train what the job's options name, `model=iwae`, `n_samples=5`, ..., and write the weights to `out=FILE`."""
+    """Train the model of the job's options (`model=iwae`, `n_samples=5`, ...) and write its weights to `out=FILE`."""
     options = dict(option.split("=") for option in job.options)
     (name, arguments), out = MODELS[options.pop("model")], options.pop("out")
     torch.manual_seed(job.seed)
@@ -89,7 +89,7 @@ def fit(job: Job) -> dict[str, Any]:
     )
     model = getattr(models, name)(config, encoder=Encoder(encoder), decoder=Decoder(decoder))
     own = {"output_dir": "pythae", "num_epochs": job.epochs, "per_device_train_batch_size": job.batch, "seed": job.seed}
-    if name == "PIWAE":  # the one with an optimiser for each half
+    if name == "PIWAE":  # it has separate optimisers for encoder and decoder
         base = trainers.CoupledOptimizerTrainer
         settings = trainers.CoupledOptimizerTrainerConfig(
             **own, encoder_learning_rate=job.lr, decoder_learning_rate=job.lr
@@ -102,7 +102,7 @@ def fit(job: Job) -> dict[str, Any]:
     loader = {"get_train_dataloader": lambda self, dataset: Seeded(job, dataset)}
     trainer = type("Trainer", (base,), loader)(model, data, training_config=settings)
     trainer.train()
-    # the trainer keeps the weights of its best epoch in a copy of the model; what was trained for the budget is this
+    # the trainer stores its best epoch in a copy of the model; these are the weights after all epochs
     trained = {f"w{i}": p.detach().numpy() for i, p in enumerate(layers.parameters())}
     if name == "VAMP":
         trained["pseudo_inputs"] = model.pseudo_inputs(model.idle_input).detach().numpy()

@@ -19,7 +19,7 @@ from .networks import EpochOrderSampler, Network, build_clock, training_rows
 
 
 class Encoder(BaseEncoder):
-    """The job's encoder, with pythae's names for what it gives."""
+    """The job's encoder, with pythae's names of its outputs."""
 
     def __init__(self, network: Network, variational: bool) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class BernoulliAE(AE):
 
 
 class Trainer(BaseTrainer):
-    """The trainer with the common order of rows; its loader is built with the same arguments otherwise."""
+    """The trainer with the common order of rows; all other arguments of its loader are pythae's."""
 
     job: Job
 
@@ -62,7 +62,7 @@ class Trainer(BaseTrainer):
 
 
 class Timer(TrainingCallback):
-    """Fills the clock."""
+    """Records epochs in the clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -81,7 +81,7 @@ class Timer(TrainingCallback):
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train with the trainer's defaults: progress bar, console log, the best model kept, the GPU if one is seen."""
+    """Train with the trainer's defaults: progress bar, console log, saving of the best model, and a GPU if present."""
     torch.manual_seed(job.seed)
     network, shape = Network(job), job.shape
     parts = {"encoder": Encoder(network, job.variational), "decoder": Decoder(network)}

@@ -21,7 +21,7 @@ from aezoo.bases.entropy_coded import (
     gaussian_tables,
 )
 
-# ---- laws of single values -------------------------------------------------------------------------------------------
+# ---- distributions of single values ----------------------------------------------------------------------------------
 
 
 def spread(channels: int = 3) -> Factorised:
@@ -37,7 +37,7 @@ def test_gaussian_log_mass_matches_scipy_in_far_tails() -> None:
     v = torch.tensor([-300.0, -31.3, -2.5, -0.4, 0.0, 0.3, 7.0, 45.2, 900.0], dtype=torch.float64)
     mean = torch.tensor(0.7, dtype=torch.float64)
     found = Gaussians(mean, scale, 0).log_mass(v.expand(25, -1))
-    # the tail that does not cancel: log(F(u) - F(l)) = log F(u) + log(1 - F(l) / F(u)) with both below the mean
+    # log(F(u) - F(l)) = log F(u) + log(1 - F(l) / F(u)), with both below the mean to avoid cancellation
     off = (v - mean).abs().numpy()
     upper, lower = (stats.norm.logcdf((half - off) / scale.numpy()) for half in (0.5, -0.5))
     np.testing.assert_allclose(found.numpy(), upper + np.log1p(-np.exp(lower - upper)), rtol=1e-9)
@@ -55,7 +55,7 @@ def test_gaussian_masses_are_finite_in_float32() -> None:
 
 
 def test_gaussian_mass_gradients_match_float64_in_tails() -> None:
-    """A code that is far from its mean is drawn to it by -(v - mean -+ 1/2) / s^2, and its scale by the square."""
+    """Far from the mean, d log P / dv is about -(v - mean -+ 1/2) / s^2 and d log P / ds (v - mean -+ 1/2)^2 / s^3."""
     found = {}
     for dtype in (torch.float32, torch.float64):
         v = torch.tensor([0.3, -2.0, 30.0, 100.0, -1e3, 1e4, 1e5, 1e6], dtype=dtype, requires_grad=True)
@@ -119,13 +119,13 @@ def test_tables_match_log_mass() -> None:
 
 
 def mixtures(k: int = 3, n: int = 40, dtype: torch.dtype = torch.float64) -> Mixtures:
-    """Of n numbers, (K, n, 1), with modes apart and scales over all of the range."""
+    """Mixtures of k components for n values, with separated modes and scales from MIN_SCALE to about 3."""
     means, logits = 6 * torch.randn(k, n, 1, dtype=dtype), torch.randn(k, n, 1, dtype=dtype)
     return Mixtures(means, (MIN_SCALE + 3 * torch.rand(k, n, 1, dtype=dtype) ** 3).clamp_max(MAX_SCALE), logits)
 
 
 def of_torch(law: Mixtures) -> D.MixtureSameFamily:
-    """The same without rounding, by torch's distributions, (n, 1)."""
+    """The same mixture without rounding, as a distribution of torch, (n, 1)."""
     means, scales, logits = (part.movedim(0, -1) for part in (law.parts.mean, law.parts.scale, law.log_weight))
     return D.MixtureSameFamily(D.Categorical(logits=logits), D.Normal(means, scales))
 
@@ -150,7 +150,7 @@ def test_mixture_log_mass_matches_scipy_in_far_tails() -> None:
 
 
 def test_mixture_masses_of_all_whole_numbers_sum_to_one() -> None:
-    """From wherever they are counted, in float32 as well."""
+    """For integers added to the mean, to 0 and to a fractional offset."""
     for dtype in (torch.float64, torch.float32):
         law = mixtures(dtype=dtype)
         k = torch.arange(-100.0, 101.0, dtype=dtype)
@@ -169,7 +169,7 @@ def test_mixture_of_equal_components_equals_gaussian() -> None:
         law = Mixtures(mean.expand(k, -1, -1), scale.expand(k, -1, -1), logits)
         torch.testing.assert_close(law.mean, one.mean)
         torch.testing.assert_close(law.log_mass(v), one.log_mass(v))
-    # and one of which all others have no weight
+    # the other component has negligible weight
     logits = torch.tensor([0.0, -200.0], dtype=torch.float64).view(2, 1, 1).expand(2, 30, 2)
     law = Mixtures(torch.stack([mean, mean + 70]), torch.stack([scale, 9 * scale]), logits)
     torch.testing.assert_close(law.log_mass(v), one.log_mass(v))
@@ -198,7 +198,7 @@ def test_mixture_tables_match_log_mass() -> None:
             expected = law.log_mass(law.mean + step).exp().flatten()[here]
             np.testing.assert_allclose(mass[:, i], expected, rtol=1e-6, atol=1e-14)
         assert mass.sum(1).min() > 1 - 1e-8
-        # half as wide would leave something out
+        # a table of half the width would truncate a component
         reach = ((law.parts.mean - law.mean).abs() + 6 * law.parts.scale).amax(0).flatten()[here]
         assert bool((reach > 2 ** (power - 1)).all()) or power == 1
 
@@ -235,7 +235,7 @@ def test_scale_is_clamped_to_table_range() -> None:
 
 
 def test_noise_rate_is_kl_of_uniform_posterior() -> None:
-    """E_u[-log P(y + u)], P the density of law * U(-1/2, 1/2): here by quadrature with scipy's normal distribution."""
+    """E_u[-log P(y + u)], with P the density of the law convolved with U(-1/2, 1/2), by quadrature."""
     y, mean, scale = 1.3, 0.4, 0.8
     u = np.linspace(-0.5, 0.5, 20_001)
     density = stats.norm.cdf((y + u + 0.5 - mean) / scale) - stats.norm.cdf((y + u - 0.5 - mean) / scale)

@@ -1,4 +1,4 @@
-"""What models on frozen features share: maps smoothed as by SciPy."""
+"""Tests of aezoo/bases/frozen_features.py."""
 
 import numpy as np
 import pytest

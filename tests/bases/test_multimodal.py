@@ -68,7 +68,7 @@ def test_modalities_split_first_divisible_dimension(shape: Any, dim: int, halves
 
 @pytest.mark.parametrize("shape", [(9,), (6, 2, 3), (1, 6, 2), (1, 1, 6)])
 def test_nll_of_sample_is_the_sum_over_its_parts(shape: tuple[int, ...]) -> None:
-    """Along any dimension that is cut; a part that a sample lacks costs nothing."""
+    """For a split along any dimension; a missing part adds nothing."""
     model: Any = MVAE(shape, latent_dim=2, hidden_dims=(), likelihood="bernoulli").double()
     params, x = torch.randn(2, *shape, dtype=torch.float64), torch.rand(2, *shape, dtype=torch.float64)
     first, second = model.split(x)
@@ -88,7 +88,7 @@ def test_samples_are_invalid_without_parts_or_with_nan_in_one() -> None:
     assert model.present_mask(x).int().tolist() == [[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 1]]
 
 
-# ---- products --------------------------------------------------------------------------------------------------------
+# ---- products of experts ---------------------------------------------------------------------------------------------
 
 
 def test_excluded_expert_gets_no_gradient() -> None:

@@ -118,7 +118,7 @@ def test_machine_name_separates_result_files(fake):
 def test_invalid_machine_name_is_refused(fake, capsys, name):
     with pytest.raises(SystemExit) as left:
         peers.main(["dense", "--machine", name])
-    assert left.value.code == 2 and "small letters and digits" in capsys.readouterr().err
+    assert left.value.code == 2 and "lowercase letters and digits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from aezoo.errors import AezooError
 from aezoo.models.quantised.dvae import LogitLaplaceWithScale
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
-SHIFT = 0.37  # added to a learned log scale: identities must hold away from the start as well
+SHIFT = 0.37  # added to a learned log scale, to test away from its initial value
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +43,11 @@ def scale_of(made: Likelihood) -> float:
 
 
 def logistic_levels(t: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
-    """The level's probability, as a difference of scipy's distribution functions, the end bins open."""
+    """Log-probability of a level: a difference of scipy's distribution functions, with open end bins."""
     t_np, x_np = t.numpy(), x.numpy()
     upper = np.where(x_np > 254.5 / 255, np.inf, x_np + 0.5 / 255)
     lower = np.where(x_np < 0.5 / 255, -np.inf, x_np - 0.5 / 255)
-    # on the side of the smaller tail, where the difference keeps its digits
+    # from the smaller tail, to avoid cancellation
     left = stats.logistic.cdf(upper, t_np, scale) - stats.logistic.cdf(lower, t_np, scale)
     right = stats.logistic.sf(lower, t_np, scale) - stats.logistic.sf(upper, t_np, scale)
     return torch.from_numpy(np.log(np.where(x_np > t_np, right, left)))
@@ -78,7 +78,7 @@ def reference(name: str, made: Likelihood, t: torch.Tensor, x: torch.Tensor) -> 
     return logistic_levels(t, x, scale_of(made))
 
 
-# of 256 levels, with a scale that is learned
+# likelihoods of 256 levels with a learned scale
 BYTES = ("discretised_logistic", "beta_binomial")
 NAMES = (
     *("bernoulli", "continuous_bernoulli", "gaussian", "gaussian:0.1", "gaussian:learned"),
@@ -131,7 +131,7 @@ def test_continuous_bernoulli_is_normalised_with_its_mean(t: float) -> None:
     assert made.mean(torch.tensor([[t]], dtype=torch.float64)).item() == pytest.approx(mean, abs=1e-8)
 
 
-def test_continuous_bernoulli_mean_is_finite_in_half() -> None:
+def test_continuous_bernoulli_mean_is_finite_in_bf16() -> None:
     made = likelihood("continuous_bernoulli")
     t = torch.tensor([[-200.0, -100.0, -0.01, 0.0, 0.06, 100.0, 200.0]], requires_grad=True)
     made.mean(t).sum().backward()
@@ -168,7 +168,7 @@ def test_logcosh_is_quadratic_near_and_linear_far(scale: float) -> None:
         assert top - one(made, t, t + scale * e) == pytest.approx(abs(e) - math.log(2), rel=1e-12)
 
 
-def test_logcosh_pulls_by_tanh_and_overflows_nowhere() -> None:
+def test_logcosh_gradient_is_tanh_without_overflow() -> None:
     e = torch.tensor([[-1e4, -100.0, -3.0, -1e-3, 0.0, 0.4, 50.0, 1e4]], requires_grad=True)
     log_p = likelihood("logcosh").log_prob(e, torch.zeros_like(e))
     log_p.sum().backward()
@@ -176,10 +176,10 @@ def test_logcosh_pulls_by_tanh_and_overflows_nowhere() -> None:
     torch.testing.assert_close(e.grad, -e.detach().tanh())
 
 
-def of_its_interval(made: Likelihood, t: float, of: Callable[[float, float], float]) -> float:
-    """The integral of a function of x and its density from -1/8 to 9/8, in the logit of y = 0.8 x + 0.1 by quadrature.
+def integrate_over_interval(made: Likelihood, t: float, of: Callable[[float, float], float]) -> float:
+    """The integral of of(x, p(x)) over x from -1/8 to 9/8, by quadrature in the logit of y = 0.8 x + 0.1.
 
-    There the density is within 60 b of t; near the ends it is infinite where b is above 1.
+    The density of the logit is negligible beyond 60 b from t; that of x is infinite at the ends for b > 1.
     """
 
     def integrand(logit: float) -> float:
@@ -187,7 +187,7 @@ def of_its_interval(made: Likelihood, t: float, of: Callable[[float, float], flo
         x = (y - 0.1) / 0.8
         return of(x, math.exp(one(made, t, x))) * y * (1 - y) / 0.8
 
-    reach = min(60 * scale_of(made), 13 - abs(t))  # closer to the ends y is held, see log_prob
+    reach = min(60 * scale_of(made), 13 - abs(t))  # `_from_data` clamps y nearer to the ends
     cuts = [t - reach, t - reach / 9, t, t + reach / 9, t + reach]
     return sum(quad(integrand, a, b)[0] for a, b in pairwise(cuts))
 
@@ -196,42 +196,42 @@ def of_its_interval(made: Likelihood, t: float, of: Callable[[float, float], flo
 @pytest.mark.parametrize("t", [-2.0, -0.3, 0.0, 1.7])
 def test_logit_laplace_is_normalised_with_its_mean(t: float, scale: float) -> None:
     made = build(f"logit_laplace:{scale}")
-    assert of_its_interval(made, t, lambda x, p: p) == pytest.approx(1, abs=2e-6)
+    assert integrate_over_interval(made, t, lambda x, p: p) == pytest.approx(1, abs=2e-6)
     mean = made.mean(torch.tensor([[t]], dtype=torch.float64)).item()
-    assert mean == pytest.approx(of_its_interval(made, t, lambda x, p: x * p), abs=5e-6)
-    if t and scale > 0.1:  # the median, which the paper decodes to, is another number
+    assert mean == pytest.approx(integrate_over_interval(made, t, lambda x, p: x * p), abs=5e-6)
+    if t and scale > 0.1:  # the paper decodes to the median, which differs from the mean
         assert abs(mean - (1 / (1 + math.exp(-t)) - 0.1) / 0.8) > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_logit_laplace_mean_matches_quantile_average(scale: float) -> None:
-    """Also where the density at the ends is infinite."""
+    """Including a scale for which the density is infinite at the ends."""
     made, t = build(f"logit_laplace:{scale}"), torch.linspace(-6, 6, 13, dtype=torch.float64)[:, None]
     quantiles = stats.laplace.ppf((np.arange(400_000) + 0.5) / 400_000, 0, scale_of(made))
     wanted = [(stats.logistic.cdf(one_t + quantiles).mean() - 0.1) / 0.8 for one_t in t[:, 0].tolist()]
     torch.testing.assert_close(made.mean(t)[:, 0], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=3e-5)
 
 
-class WithoutTheSlopeOfTheLogit(LogitLaplace):
-    """A Laplace density of logit y, taken for one of y."""
+class WithoutLogitJacobian(LogitLaplace):
+    """Omits d logit(y) / dy = 1 / (y (1 - y))."""
 
     def log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         y = 0.8 * x + 0.1
         return super().log_prob(params, x) + torch.log(y * (1 - y)).flatten(1).sum(1)
 
 
-class OfYAlone(LogitLaplace):
-    """The density of y = 0.8 x + 0.1, taken for one of x."""
+class WithoutScaleJacobian(LogitLaplace):
+    """Omits dy / dx = 0.8."""
 
     def log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return super().log_prob(params, x) - x[0].numel() * math.log(0.8)
 
 
-@pytest.mark.parametrize("rival", [WithoutTheSlopeOfTheLogit, OfYAlone])
+@pytest.mark.parametrize("rival", [WithoutLogitJacobian, WithoutScaleJacobian])
 def test_wrong_logit_laplace_densities_are_detected(rival: type[LogitLaplace]) -> None:
     made = rival(0.3, learned=False).double()
-    assert abs(of_its_interval(made, 0.7, lambda x, p: p) - 1) > 0.1
+    assert abs(integrate_over_interval(made, 0.7, lambda x, p: p) - 1) > 0.1
     x, t = LEVELS[torch.randint(256, (6, 3))], torch.randn(6, 3, dtype=torch.float64)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(made.log_prob(t, x), reference("logit_laplace", made, t, x).sum(1))
@@ -292,18 +292,18 @@ def test_beta_binomial_is_accurate_for_extreme_parameters(t: float, log_c: float
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_parameters_are_better_than_the_best(name: str) -> None:
+def test_best_params_minimise_the_deviance(name: str) -> None:
     made, x = build(name), LEVELS[::5, None]
     best = made.best_params(x).detach()
-    # near the best ones and far from them; a continuous Bernoulli has no best logit for 0 and 1, see there
+    # small and large offsets; the continuous Bernoulli has no finite best logit for 0 and 1
     reach = 100 if name == "continuous_bernoulli" else 15
     for u in torch.linspace(-1, 1, 9, dtype=torch.float64):
         t = (best + reach * u**3).clamp(-510, 510)
         deviance = made.deviance(t, x).detach()
         assert deviance.min() > -2e-7
-        if name != "bernoulli":  # torch's takes no grey
+        if name != "bernoulli":  # torch.distributions.Bernoulli takes 0 and 1 only
             apart = reference(name, made, best, x) - reference(name, made, t, x)
-            known = (torch.maximum(best.abs(), t.abs()) < 30)[:, 0]  # beyond, the references round a mean to 0 or 1
+            known = (torch.maximum(best.abs(), t.abs()) < 30)[:, 0]  # beyond, the references round the mean to 0 or 1
             # torch's continuous Bernoulli is within 1e-5, as above
             torch.testing.assert_close(deviance[known], apart[known, 0].detach(), rtol=1e-5, atol=2e-5)
     assert made.deviance(best, x).abs().max() < 1e-9
@@ -313,7 +313,7 @@ def test_no_parameters_are_better_than_the_best(name: str) -> None:
     "name", ["bernoulli", "continuous_bernoulli", "sigmoid_gaussian", "discretised_logistic", "logit_laplace"]
 )
 def test_deviance_is_finite_just_outside_the_interval(name: str) -> None:
-    # as new samples are under the scale of the training data
+    # new samples may lie outside [0, 1] after scaling by the range of the training data
     x, t = torch.tensor([[-0.2], [-0.01], [1.01], [1.2]]), torch.randn(4, 1)
     deviance = likelihood(name).deviance(t, x)
     assert deviance.isfinite().all() and deviance.min() > 0
@@ -354,14 +354,14 @@ def test_samples_have_the_moments_of_log_prob(name: str, t: float) -> None:
         grid = t + scale_of(made) * torch.linspace(-30, 30, 60_001, dtype=torch.float64)
     p = made.log_prob(torch.full((len(grid), 1), t, dtype=torch.float64), grid[:, None]).exp().detach()
     if name.startswith("logit_laplace"):
-        p = p * logit.sigmoid() * (-logit).sigmoid()  # of a step of the logit
+        p = p * logit.sigmoid() * (-logit).sigmoid()  # density of the logit
     p = p / p.sum()
     mean = (p * grid).sum()
     moments = [(p * (grid - mean) ** k).sum().item() for k in (2, 4)]
     assert abs(x.mean() - mean) < 5 * math.sqrt(moments[0] / n) + 1e-6
     spread = math.sqrt(max(moments[1] - moments[0] ** 2, 0) / n)
     assert abs(((x - mean) ** 2).mean() - moments[0]) < 5 * spread + 1e-6
-    if made.unit_interval and not name.startswith("sigmoid_gaussian"):  # of which the means alone are inside
+    if made.unit_interval and not name.startswith("sigmoid_gaussian"):  # only its means are in [0, 1]
         margin = 1 / 8 if name.startswith("logit_laplace") else 0
         assert -margin <= x.min() <= x.max() <= 1 + margin
     if name.startswith(BYTES):
@@ -414,11 +414,11 @@ def test_flags_state_data_range_and_discreteness() -> None:
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_outputs_can_start_at_a_mean(name: str) -> None:
+def test_params_from_mean_invert_the_mean(name: str) -> None:
     own, mean = likelihood(name), torch.linspace(0, 1, 11)
     params = own.params_from_mean(mean)
     assert params.isfinite().all()
-    # of a density on an interval, and of one that is clipped, the mean lies further inside
+    # the mean of a density on a bounded interval, or of a clipped one, does not reach the ends
     near = 0.35 if name in ("continuous_bernoulli", "discretised_logistic", "logit_laplace") else 0.011
     torch.testing.assert_close(own.mean(params), mean, rtol=0, atol=near)
     assert (own.mean(params).diff() > 0).all()
@@ -452,7 +452,7 @@ def test_learned_scale_gradients_match_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("share", [-0.999, -0.5, 0.5, 0.999])
 def test_continuous_bernoulli_series_inverts_the_distribution(share: float) -> None:
-    """For small logits, of which the exact inverse loses all digits, x is a series in the logit, F(x) = u."""
+    """For small logits, where the exact inverse loses precision, x is a series in the logit that solves F(x) = u."""
     made = build("continuous_bernoulli")
     params = torch.full((1000, 1), share * made._TAYLOR_BELOW, dtype=torch.float64)
     torch.manual_seed(0)
@@ -464,7 +464,7 @@ def test_continuous_bernoulli_series_inverts_the_distribution(share: float) -> N
 
 
 @pytest.mark.parametrize("name", [*LIKELIHOODS, "gaussian:learned", "laplace:0.2"])
-def test_values_have_terms_that_add_up(name: str) -> None:
+def test_nll_by_value_sums_to_nll(name: str) -> None:
     made, x = build(name), (torch.rand(3, 2, 4, dtype=torch.float64) * 255).round() / 255
     params = torch.randn_like(x)
     terms = made.nll_by_value(params, x)
@@ -478,7 +478,7 @@ def test_values_have_terms_that_add_up(name: str) -> None:
     assert lacking[0, 1, 3] == 0 and torch.equal(lacking[1:], deviances[1:])
 
 
-def test_values_with_two_parameters_take_their_own() -> None:
+def test_nll_by_value_supports_two_parameters_per_value() -> None:
     made, x = LogitLaplaceWithScale().double(), torch.rand(2, 3, 4, dtype=torch.float64)
     params = torch.randn(2, 6, 4, dtype=torch.float64)
     terms = made.nll_by_value(params, x)

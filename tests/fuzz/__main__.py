@@ -41,7 +41,7 @@ def _alarm(*_):
 
 
 def _most_memory():
-    """The most memory that this process has held, in KiB; on Linux since the last call that forgets it."""
+    """Peak memory of this process in KiB; on Linux since the last reset through clear_refs."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -52,10 +52,10 @@ def _most_memory():
 def attempt(read):
     """`read` or `refused`; anything else is a defect."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak (proc(5))
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak (proc(5))
     before = _most_memory()
     signal.alarm(SECONDS)
-    # of a reader that never comes back to Python, where the alarm would be raised
+    # for a reader that hangs outside Python, where the alarm cannot be raised
     faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -77,7 +77,7 @@ def attempt(read):
 
 
 def search(strategy, check, examples, seed):
-    """Draw cases, count what becomes of them, and raise on the first defects with the smallest case of each."""
+    """Draw cases, count their results, and raise the first defects with the smallest case of each."""
     counts = Counter()
 
     @hypothesis.seed(seed)
@@ -105,14 +105,14 @@ def file_check(kind, folder):
 
 
 class Prepared(lightning_cli.AezooCLI):
-    """Everything up to the first step: parsed, checked, and model, data and trainer built."""
+    """Parse and check a configuration, and build model, data and trainer, without running them."""
 
     def _run_subcommand(self, subcommand):
         pass
 
 
 def config_check(folder):
-    """Write a configuration and prepare a fit by it, in a folder that is emptied."""
+    """Write a configuration, prepare a fit from it, and empty the working directory."""
 
     def check(text):
         path = folder / "fuzzed.yaml"
@@ -146,12 +146,12 @@ def main():
         elsewhere.mkdir()
         os.chdir(elsewhere)
         sys.stderr.reconfigure(errors="backslashreplace")
-        kinds = all_kinds(folder / "honest")
+        kinds = all_kinds(folder / "valid")
         searches = {}
         for key, kind in kinds.items():
             kind_folder = folder / "kinds" / key.replace(", ", "_")
             kind_folder.mkdir(parents=True)
-            assert file_check(kind, kind_folder)(kind.payload) == "read", f"the honest {key} is refused"
+            assert file_check(kind, kind_folder)(kind.payload) == "read", f"the valid {key} is refused"
             searches[key] = damaged(kind.payload), file_check(kind, kind_folder), 1.0
         searches |= all_contents(folder / "contents", attempt, kinds)
         chosen = {key: each for key, each in searches.items() if arguments.only in ("", key)}

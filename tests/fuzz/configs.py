@@ -1,4 +1,4 @@
-"""Configurations: honest ones with settings exchanged for other values, and their texts damaged."""
+"""Configurations: a valid one with some settings replaced, and its text with damage."""
 
 import copy
 
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from .edits import damaged
 
-_HONEST = {
+_VALID = {
     "seed_everything": 0,
     "model": {"class_path": "vae", "init_args": {"latent_dim": 2, "hidden_dims": [5], "beta": 1.0, "lr": 1e-3}},
     "data": {"name": "digits", "batch_size": 16, "val_fraction": 0.1, "size": None, "scale": "auto"},
@@ -20,7 +20,7 @@ _HONEST = {
     "reconstructions": {"n": 4, "every_n_epochs": 1},
     "checkpoints": {"save_top_k": 1},
 }  # fmt: skip
-# sizes between these are honest and slow, and say nothing about the reading of settings
+# values in between are valid sizes, which take long to build
 _NUMBERS = [-1, 0, 1, 2, 3, 10**11, 2**31, 2**63, 10**30, -(2**70)]
 _TEXTS = [
     "", " ", "vae", "nosuch", "null", "~", "1", "1e3", "-1", "auto", "../x", "/dev/null", ".", "..", "[1, 2]", "{a: 1}",
@@ -69,13 +69,13 @@ def _paths(tree, at=()):
             yield from _paths(value, (*at, i))
 
 
-_ALL = [path for path in _paths(_HONEST) if path]
+_ALL = [path for path in _paths(_VALID) if path]
 
 
 @st.composite
-def exchanged(draw):
-    """An honest configuration with one to three settings exchanged, added or dropped."""
-    config = copy.deepcopy(_HONEST)
+def replaced(draw):
+    """A valid configuration with one to three settings replaced, added or dropped."""
+    config = copy.deepcopy(_VALID)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(_ALL))
         parent = config
@@ -90,9 +90,9 @@ def exchanged(draw):
             else:
                 parent[path[-1]] = draw(values)
         except (KeyError, IndexError, TypeError):
-            continue  # an earlier exchange has taken that place away
+            continue  # an earlier edit has removed this path
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
 
 
-texts = st.one_of(exchanged(), exchanged(), damaged(yaml.safe_dump(_HONEST, sort_keys=False).encode()), values.map(
+texts = st.one_of(replaced(), replaced(), damaged(yaml.safe_dump(_VALID, sort_keys=False).encode()), values.map(
     lambda value: yaml.safe_dump(value, allow_unicode=True).encode()))  # fmt: skip

@@ -1,7 +1,7 @@
-"""Whole files whose content is hostile: content that expands, fields of wrong types, and files that are no files.
+"""Well-formed files with hostile content: content that expands, fields of wrong types, and special files.
 
-Damage to bytes, as in `edits`, hardly ever leaves a file that is whole and says something else. What is drawn here is
-small and is written out by `write`, so that a failure shrinks to the few choices that matter.
+Damage to bytes, as in `edits`, seldom results in a well-formed file with other content. The cases drawn here are short
+descriptions from which the files are written, so that a failure shrinks to the few choices that matter.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ LIMIT = 10**7
 
 
 def command(*argv):
-    """Run a command; its refusal in one line becomes an error again."""
+    """Run a command and raise its one-line refusal as an error."""
     errors, code = io.StringIO(), 0
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -50,7 +50,7 @@ def command(*argv):
 # ---- content that expands -------------------------------------------------------------------------------------------
 
 _LEAVES = [0, 1.5, None, True, "x" * 1000, torch.zeros(3)]
-# what holds what is below: a list of lists, and so on
+# a value and the containers around it, from the inside out
 shared = st.tuples(
     st.sampled_from(_LEAVES),
     st.lists(st.tuples(st.sampled_from(["list", "tuple", "dict"]), st.integers(1, 12)), max_size=80),
@@ -58,7 +58,7 @@ shared = st.tuples(
 
 
 def expand(drawn):
-    """Containers that hold the one below them several times, which a file stores once."""
+    """Nested containers that each refer to the inner one several times, which a pickle stores once."""
     found, levels = drawn
     for kind, times in levels:
         if kind == "dict":
@@ -80,7 +80,7 @@ _VALUES = [
 
 
 def paths(tree, at=()):
-    """Where something can be put in place of something else."""
+    """The paths of all values that can be replaced."""
     if at:
         yield at
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
@@ -88,11 +88,11 @@ def paths(tree, at=()):
 
 
 def changed(content, edits):
-    """A copy with one value after the other put in its place, added beside it, or left out."""
+    """A copy with the edits applied: values replaced, added, doubled or removed."""
     content = copy.deepcopy(content)
     for path, what, value in edits:
         place = content
-        with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier edit has taken that place away
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier edit has removed this path
             for key in path[:-1]:
                 place = place[key]
             if what == "drop":
@@ -107,7 +107,7 @@ def changed(content, edits):
 
 
 def _edits(content, values):
-    # by the first key first: most places are in the state of the optimizer
+    # draw the top-level key first: most paths are in the optimizer state
     places = {}
     for path in paths(content):
         places.setdefault(path[0], []).append(path)
@@ -145,13 +145,13 @@ tables = st.fixed_dictionaries({
 
 
 def write_table(path, table):
-    """Row groups one after the other, each of them small in memory while it is written."""
+    """Write one row group at a time, to limit memory."""
     import pyarrow
     from pyarrow import parquet
 
     arrays = [_column(kind, table["rows"], table["width"]) for kind, _ in table["columns"]]
     part = pyarrow.table(arrays, names=[name for _, name in table["columns"]])
-    # written out, the longest texts fill 3 GB, more than an array of texts holds
+    # without a dictionary the longest texts fill 3 GB, more than a string array holds
     dictionary = table["dictionary"] or table["rows"] * table["width"] > 2**27
     options = {"compression": table["compression"], "use_dictionary": dictionary}
     with parquet.ParquetWriter(path, part.schema, **options) as writer:
@@ -163,7 +163,7 @@ def write_table(path, table):
 def _column(kind, rows, width):
     import pyarrow
 
-    # as many as stay below some MiB, whatever is drawn
+    # rows that fit into a few MiB
     few = max(1, min(rows, 2**21 // max(width, 1)))
     offsets = np.minimum(np.arange(rows + 1) * width, few * width).astype(np.int32)
     if kind == "constant":
@@ -187,7 +187,7 @@ def _column(kind, rows, width):
     return pyarrow.nulls(rows)
 
 
-# ---- files that are no files ----------------------------------------------------------------------------------------
+# ---- special files --------------------------------------------------------------------------------------------------
 
 SPECIAL = (
     "pipe",
@@ -205,12 +205,12 @@ SPECIAL = (
 
 
 def make_special(path, what):
-    """Something else in the place of a file."""
+    """Create something other than a regular file."""
     if what == "pipe":
         os.mkfifo(path)
     elif what == "socket":
         with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):
-            server.bind(path.name)  # a longer path would not fit
+            server.bind(path.name)  # a socket address is limited to about 100 bytes
     elif what == "folder":
         path.mkdir()
     elif what == "empty":
@@ -221,7 +221,7 @@ def make_special(path, what):
 
 
 def remove(path):
-    """Whatever is there."""
+    """Remove a file, link or folder."""
     path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
@@ -229,26 +229,26 @@ def remove(path):
 
 
 def all_contents(folder, attempt, kinds):
-    """Strategies, checks and their shares of cases, less for those that train, by a name for the table.
+    """Return (strategy, check, share of the cases) by name; those that train get a smaller share.
 
     Args:
         folder: an empty one, for the files.
-        attempt: reads and gives what became of it.
+        attempt: calls a reader and returns its result.
         kinds: how files of each kind are read.
     """
     (folder / "special").mkdir(parents=True)
     with contextlib.chdir(folder):
         command(*FIT, "--trainer.max_epochs=1")
-        honest = torch.load(next(Path("runs").glob("*/*/checkpoints/last.ckpt")), weights_only=True)
+        valid = torch.load(next(Path("runs").glob("*/*/checkpoints/last.ckpt")), weights_only=True)
 
     def checkpoint(case):
         edits, way = case
         path = folder / "x.ckpt"
-        torch.save(changed(honest, edits), path)
+        torch.save(changed(valid, edits), path)
         return attempt(lambda: _read_checkpoint(path, way))
 
     def shared_in_checkpoint(case):
-        # made here, since a failure prints what was drawn
+        # expanded here, since a failure prints the drawn case
         edits, way = case
         return checkpoint(([(place, what, expand(value)) for place, what, value in edits], way))
 
@@ -279,8 +279,8 @@ def all_contents(folder, attempt, kinds):
 
     values = st.sampled_from(_VALUES)
     found = {
-        "ckpt, shared values": (st.tuples(_edits(honest, shared), st.sampled_from(WAYS)), shared_in_checkpoint, 0.2),
-        "ckpt, wrong types": (st.tuples(_edits(honest, values), st.sampled_from(WAYS)), checkpoint, 0.2),
+        "ckpt, shared values": (st.tuples(_edits(valid, shared), st.sampled_from(WAYS)), shared_in_checkpoint, 0.2),
+        "ckpt, wrong types": (st.tuples(_edits(valid, values), st.sampled_from(WAYS)), checkpoint, 0.2),
         "pt, shared values": (shared, tensors, 1.0),
         "special files": (st.tuples(st.sampled_from([*kinds]), st.sampled_from(SPECIAL)), special, 1.0),
     }

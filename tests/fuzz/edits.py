@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-# sizes, signs and markers that parsers trip over
+# sizes, signs and markers that often break parsers
 _NUMBERS = [0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1]
 _WORDS = [
     b"", b"\0", b"\n", b"'", b'"', b"(", b")", b"[" * 200, b"{" * 50, b"nan", b"inf", b"-1", b"1e999", b"null", b"~",

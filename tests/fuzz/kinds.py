@@ -1,4 +1,4 @@
-"""The kinds of files: an honest one, what to damage in it, and how a user would read the result."""
+"""The kinds of files: a valid one, the bytes to damage in it, and how a user would read the result."""
 
 import gzip
 import io
@@ -28,10 +28,10 @@ class Kind:
     """One kind of file.
 
     Attributes:
-        name: of the file that is written, which says how it is read.
+        name: name of the file, which determines how it is read.
         payload: the bytes to damage.
-        pack: makes the file of the damaged bytes: an archive or checksum that would otherwise hide all damage.
-        read: as a user would.
+        pack: builds the file from the damaged bytes, with valid checksums, which would otherwise reject all damage.
+        read: reads the file as a user would.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Kind:
 
 
 def all_kinds(folder):
-    """Every kind by a name for the table; honest folders of saved models are made under `folder`."""
+    """Every kind by its name in the table; valid folders of saved models are written under `folder`."""
     npy = _bytes(lambda f: np.save(f, X))
     npz = _bytes(lambda f: np.savez_compressed(f, x=X, y=np.arange(12) % 2))
     idx = b"\0\0\x08\x03" + np.array(X.shape, ">u4").tobytes() + X.tobytes()
@@ -73,7 +73,7 @@ def all_kinds(folder):
         "ckpt, legacy": Kind("x.ckpt", _legacy(checkpoint), aezoo.load_model),
         "config.json": Kind("config.json", config, _with_model("model.safetensors", weights)),
         "safetensors": Kind("model.safetensors", weights, _with_model("config.json", config)),
-        "png, checksums mended": Kind("x.png", _picture("PNG"), _image, _mend_png),
+        "png, checksums repaired": Kind("x.png", _picture("PNG"), _image, _repair_png),
     }  # fmt: skip
     text, around = _header(weights)
     kinds["safetensors, header"] = Kind("model.safetensors", text, _with_model("config.json", config), around)
@@ -101,7 +101,7 @@ def _image(path):
 
 
 def _with_model(other, content):
-    """Read the folder of a saved model whose other file is whole."""
+    """Read the folder of a saved model whose other file is intact."""
 
     def load(path):
         (path.parent / other).write_bytes(content)
@@ -122,7 +122,7 @@ def _zip(members, compression=zipfile.ZIP_STORED):
 
 
 def _inside(packed, ending, reader):
-    """One member of a zip file, its reader, and the rest of the file around it with mended checksums."""
+    """One member of a zip file, its reader, and a function that puts it back into the file, with correct checksums."""
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     inner = next(name for name in members if name.endswith(ending))
@@ -134,7 +134,7 @@ def _legacy(content):
 
 
 def _header(weights):
-    """The JSON header of a safetensors file, and the rest around it with a true length."""
+    """The JSON header of a safetensors file, and a function that puts it back with the correct length."""
     (size,) = struct.unpack("<Q", weights[:8])
     json.loads(weights[8 : 8 + size])
     return weights[8 : 8 + size], lambda text: struct.pack("<Q", len(text)) + text + weights[8 + size :]
@@ -149,8 +149,8 @@ def _picture(name):
     return _bytes(lambda f: image.save(f, name, **more))
 
 
-def _mend_png(data):
-    """The checksum of every chunk made right, so that damage reaches the decoder."""
+def _repair_png(data):
+    """Correct the checksum of every chunk, so that damage reaches the decoder."""
     out, at = bytearray(data), 8
     while at + 8 <= len(out):
         end = at + 8 + int.from_bytes(out[at : at + 4], "big")

@@ -1,4 +1,4 @@
-"""The fuzzing, small in every run and large in the slow one; in a separate process, so that a crash is a failure."""
+"""Fuzzing with a small budget, in a separate process, so that a crash is a failure."""
 
 import json
 import os
@@ -12,7 +12,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def fuzz(out, files, configs, seed, limit):
-    """Run it from an empty folder, which is what it leaves behind."""
+    """Run the fuzzing and return its counts by kind."""
     command = [sys.executable, "-m", "tests.fuzz", f"--files={files}", f"--configs={configs}", f"--seed={seed}"]
     paths = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -29,7 +29,7 @@ def fuzz(out, files, configs, seed, limit):
 def test_a_thousand_damaged_files_and_configurations(tmp_path):
     kinds = fuzz(tmp_path / "counts.json", files=1000, configs=200, seed=2, limit=900)
     assert len(kinds) >= 29
-    # damage that is always refused at the door would test only the door
+    # some damaged files must be read, or only the first checks of the readers would be tested
     assert sum(count["read"] for count in kinds.values()) > 80
     assert kinds["ckpt, wrong types"]["read"] and sum(kinds["parquet, expanding"].values())
     assert kinds["yaml"]["read"] > 10 and all(count["read"] for key, count in kinds.items() if "inside" in key)

@@ -40,7 +40,7 @@ def mean_cosine(d: int, family: str, kappa: float) -> float:
 
 
 def test_large_order_bessel_functions_do_not_underflow() -> None:
-    """At order 249 scipy's is 0; of that order I_nu(k) = (k/2)^nu / Gamma(nu + 1) * 0F1(nu + 1, k^2/4)."""
+    """At order 249 scipy's value is 0; the reference is I_nu(k) = (k/2)^nu / Gamma(nu + 1) * 0F1(nu + 1, k^2/4)."""
     d, kappa = 500, 1.0
     assert special.ive(d / 2 - 1, kappa) == 0
     log_z, mean_h = about_mean(d, "vmf").normaliser(concentrations(kappa, 1))
@@ -58,7 +58,7 @@ def test_vmf_density_matches_scipy() -> None:
 
 
 def levels(n: int) -> Tensor:
-    """Noise with no noise in it: the middles of n equal parts of [0, 1]."""
+    """Midpoints of n equal parts of [0, 1], in place of uniform noise."""
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
@@ -83,7 +83,7 @@ def test_angle_quantile_matches_marginal_cdf(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_draws_are_unit_vectors_around_mu(family: str) -> None:
-    """E[z] = E[mu . z] mu, and all directions across mu are alike; wherever mu is, the pole included."""
+    """E[z] = E[mu . z] mu, and z is isotropic orthogonally to mu, for any mu, the poles included."""
     d, kappa, n = 5, 6.0, 30_000
     q = about_mean(d, family)
     for mu in (torch.eye(d, dtype=torch.float64)[0], -torch.eye(d, dtype=torch.float64)[0], *directions(1, d)):
@@ -98,7 +98,7 @@ def test_draws_are_unit_vectors_around_mu(family: str) -> None:
 
 
 def rejection_gradient(d: int, kappa: float, n: int) -> float:
-    """d/dkappa of the mean accepted draw of Wood's sampler, without a correction for who is accepted (a mistake)."""
+    """Biased d/dkappa of the mean of Wood's sampler, without the correction for the acceptance probability."""
     k = torch.full((n,), kappa, dtype=torch.float64, requires_grad=True)
     b = (-2 * k + torch.sqrt(4 * k**2 + (d - 1) ** 2)) / (d - 1)
     x = (1 - b) / (1 + b)
@@ -125,7 +125,7 @@ def test_the_gradient_in_kappa_is_unbiased() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_draw_s_gradient_is_the_derivative_of_the_quantile(family: str) -> None:
+def test_sample_gradient_is_derivative_of_quantile(family: str) -> None:
     u = levels(50)
     for d in (2, 3, 9, 40):
         q = about_mean(d, family)
@@ -141,7 +141,7 @@ def test_a_draw_s_gradient_is_the_derivative_of_the_quantile(family: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_in_mu_is_unbiased(family: str) -> None:
-    """d/dmu E[(c . z)^2] across mu, where E[z z'] = s I + (E[t^2] - s) mu mu'."""
+    """d/dmu E[(c . z)^2] in the tangent space of mu, with E[z z'] = s I + (E[t^2] - s) mu mu' and t = mu . z."""
     d, kappa, n = 3, 4.0, 60_000
     q, mu, c = about_mean(d, family), directions(1, d)[0], torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     mu = mu.requires_grad_()

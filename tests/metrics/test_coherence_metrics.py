@@ -1,4 +1,4 @@
-"""Coherence of parts against figures computed by hand, however samples are cut, and with classifiers on known data."""
+"""Coherence metrics against counts by hand, for any batch size, and the table of coherence on known data."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from aezoo import AezooError, metrics
 from aezoo.tasks.coherence import coherence
 from aezoo.tasks.samples import SampleSet
 
-# of 6 samples what the parts look like, and what they are
+# the classes of the two parts of 6 samples, and the labels of the samples (-1: none)
 FIRST, SECOND = [0, 1, 2, 2, 1, 0], [0, 1, 1, 2, 0, 0]
 CLASSES = [0, 1, 2, 1, 1, -1]
 
 
 def logits(classes, k=3):
-    """Not the same for all of a class, so that more than a difference of 0 decides."""
+    """Logits whose maxima are these classes, with random margins."""
     one_hot = F.one_hot(torch.tensor(classes), k).float()
     return 3 * one_hot + torch.rand(len(classes), k, generator=torch.Generator().manual_seed(0))
 
@@ -28,7 +28,7 @@ def test_coherence_shares_match_manual_count(size):
     for a, b, y in zip(*(values.split(size) for values in everything), strict=True):
         cross.update([a, b], y)
         joint.update([a, b])
-    # the last has no label; of the first part samples 0, 1, 2, 4 are right, of the second 0, 1
+    # the last sample has no label; the first part is right for samples 0, 1, 2, 4, the second for 0, 1
     assert cross.compute().tolist() == pytest.approx([4 / 5, 2 / 5])
     assert joint.compute().item() == pytest.approx(4 / 6)  # all but samples 2 and 4
 
@@ -39,9 +39,9 @@ def test_perfect_coherence_is_one_and_random_is_chance():
     cross.update([F.one_hot(y, 3)] * 3, y)
     joint.update([F.one_hot(y, 3)] * 3)
     assert cross.compute().tolist() == [1, 1, 1] and joint.compute() == 1
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     joint.reset()
-    joint.update([torch.rand(30_000, 3, generator=dice) for _ in range(2)])
+    joint.update([torch.rand(30_000, 3, generator=generator) for _ in range(2)])
     assert float(joint.compute()) == pytest.approx(1 / 3, abs=0.01)
 
 
@@ -53,8 +53,8 @@ def test_mismatched_parts_or_samples_are_refused():
         metrics.JointCoherence().update([])
 
 
-class Told:
-    """What makes each second part of a class that is said, beside a first part of the sample's own."""
+class FixedCoherence:
+    """A model of which a given share of samples has two parts of the same class."""
 
     sizes, has_prior = (2, 2), True
 
@@ -69,7 +69,7 @@ class Told:
 
 
 def made(first, second):
-    """Parts that tell two classes without doubt."""
+    """Samples of two clearly separated classes, given for each part."""
     noise = 0.1 * torch.randn(len(first), 4, generator=torch.Generator().manual_seed(1))
     return noise + torch.stack([first, -first, second, -second], 1) * 3.0
 
@@ -80,7 +80,7 @@ def test_coherence_table_compares_with_real_parts():
     wrong = torch.arange(200) % 10 == 0
     x_hat = made(y, torch.where(wrong, 1 - y, y))
     samples = SampleSet(aezoo.data.source.ArrayDataset(made(y, y), y))
-    first, second, joint = coherence(Told(0.75), samples, x_hat.numpy(), 0, 64)
+    first, second, joint = coherence(FixedCoherence(0.75), samples, x_hat.numpy(), 0, 64)
     assert first == {"part": "0", "coherence": 1, "of real parts": 1, "most common class": 0.5}
     assert second["coherence"] == pytest.approx(0.9) and second["of real parts"] == 1
     assert joint["coherence"] == pytest.approx(0.75) and joint["of real parts"] == 1
@@ -91,10 +91,10 @@ def test_incomplete_samples_are_left_out_of_coherence():
     x = made(y, y)
     x[:10, 2:] = float("nan")
     some = torch.where(torch.arange(60) % 6 == 0, -1, y)
-    rows = coherence(Told(1.0), SampleSet(aezoo.data.source.ArrayDataset(x, some)), x.numpy(), 0, 64)
+    rows = coherence(FixedCoherence(1.0), SampleSet(aezoo.data.source.ArrayDataset(x, some)), x.numpy(), 0, 64)
     assert [row["coherence"] for row in rows] == [1, 1, 1]
     few = SampleSet(aezoo.data.source.ArrayDataset(x[10:13], y[10:13]))
-    assert coherence(Told(1.0), few, x[10:13].numpy(), 0, 64) == []
+    assert coherence(FixedCoherence(1.0), few, x[10:13].numpy(), 0, 64) == []
 
 
 @pytest.mark.slow

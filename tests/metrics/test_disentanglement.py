@@ -1,4 +1,4 @@
-"""Disentanglement metrics: what a perfect, a rotated and an empty code score, and figures against slow loops."""
+"""Disentanglement metrics: scores of perfect, rotated and uninformative codes, and values against slow loops."""
 
 import math
 import warnings
@@ -61,7 +61,7 @@ def test_rotated_factors_score_lower(name):
 
 @pytest.mark.parametrize("name", METRICS)
 def test_uninformative_codes_score_at_chance(name):
-    # a majority vote of 4 factors is right once in four times; modularity compares what a finite sample seems to know
+    # a vote among 4 factors is right in 1/4 of cases; modularity compares the small information of a finite sample
     least, most = {"factor_vae": (0.2, 0.35), "modularity": (0.3, 0.9)}.get(name, (0, 0.07))
     assert least <= score(name, NOISE) < most
 
@@ -71,13 +71,13 @@ def test_uninformative_codes_score_at_chance(name):
 @pytest.mark.parametrize("codes", [BLURRED, MIXED], ids=["blurred", "mixed"])
 def test_score_is_invariant_to_permutation_and_affine_maps(name, codes):
     before = score(name, codes)
-    # forests break ties by the order of dimensions, bins and quantiles end elsewhere after a change of sign
+    # forests break ties by the order of dimensions; a change of sign moves the edges of bins and quantiles
     off = {"disentanglement": 0.03, "completeness": 0.03, "factor_vae": 0.03}.get(name, 0.01)
     assert score(name, codes[:, [2, 0, 3, 1]]) == pytest.approx(before, abs=off)
     assert score(name, -codes) == pytest.approx(before, abs=off)
     assert score(name, 16 * codes - 3) == pytest.approx(before, abs=off)
-    if name != "irs":  # weighs dimensions by how far they deviate
-        scales = torch.tensor([1, 1e-9, 10, 3])  # of the second, all values are less than 1e-7 apart
+    if name != "irs":  # IRS weights dimensions by their deviation
+        scales = torch.tensor([1, 1e-9, 10, 3])  # the values of the second dimension are less than 1e-7 apart
         assert score(name, codes * scales + torch.tensor([0, 0, 2, 3])) == pytest.approx(before, abs=off)
 
 
@@ -110,7 +110,7 @@ def test_constant_dimensions_do_not_change_score(name):
 def test_duplicated_factor_has_no_gap():
     twice = torch.cat([PERFECT, PERFECT], 1)
     assert score("mig", twice) < 1e-6 and score("sap", twice) < 1e-6
-    # each dimension still knows one factor only; but a factor is spread over two
+    # each dimension still encodes one factor, but each factor is spread over two dimensions
     assert score("modularity", twice) > 0.99 and score("disentanglement", twice) > 0.99
     assert score("completeness", twice) < 0.8
 
@@ -163,7 +163,7 @@ def test_sap_is_the_gap_of_squared_correlations():
 
 
 def test_sap_of_two_classes_is_accuracy_gap():
-    # a line between two classes that lie 4 apart, and a dimension by chance
+    # dimension 0 separates the two classes by 4, dimension 1 is random
     y = torch.arange(3000)[:, None] % 2
     codes = torch.cat(
         [
@@ -175,14 +175,14 @@ def test_sap_of_two_classes_is_accuracy_gap():
     metric = SAP(categorical=(0,))
     metric.update(codes, y)
     assert float(metric.compute()) == pytest.approx(0.5, abs=0.06)
-    # of two hundred, one is of the second class, and may be held out
+    # one of 200 samples is of the second class, and may be held out
     rare = torch.arange(200)[:, None] // 199
     for seed in range(6):
         metric = SAP(categorical=(0,), seed=seed)
         metric.update(codes[:200], rare)
         held = 199 in train_test_rows(200, seed)[1]
         assert float(metric.compute()) == 0 if held else float(metric.compute()) >= 0
-    # without an order a third is right by chance in the other dimensions
+    # for three unordered classes the other dimensions are right by chance in 1/3 of cases
     three = SAP(categorical=(0,))
     three.update(PERFECT, FACTORS[:, :1])
     assert float(three.compute()) == pytest.approx(2 / 3, abs=0.06)
@@ -192,7 +192,7 @@ def test_sap_of_two_classes_is_accuracy_gap():
 def test_dci_matches_random_forest_importances():
     # uneven: two dimensions share a factor, and two mix all
     codes = torch.cat([BLURRED, PERFECT[:, :1] + 0.5 * NOISE.flip(0)[:, :1], MIXED[:, :2]], 1)
-    # standardised as by the metric: rounded otherwise, a value may fall on the other side of a split
+    # standardised exactly as in the metric, since other rounding may move a value across a split
     z = codes.double().numpy()
     z = (z - z.mean(0)) / z.std(0)
     rows, held = train_test_rows(N, 0)
@@ -238,7 +238,7 @@ def test_irs_matches_loop_over_factor_values(quantile):
 
 @pytest.mark.slow
 def test_factor_vae_score_matches_fixed_factor_sampling():
-    """The paper's procedure, with a generator in the place of groups: the code of `shapes`' factors, mixed."""
+    """The paper's procedure, which draws samples with one fixed factor; the code mixes the factors of `shapes`."""
     source = Shapes(Options("shapes", size=8))
     sizes = np.array(source.factor_sizes)
     mix = np.random.default_rng(5).normal(size=(5, 4)) * np.array([[1], [1], [0.2], [0.2], [0.1]])
@@ -267,12 +267,12 @@ def test_factor_vae_score_matches_fixed_factor_sampling():
 
 
 def test_factor_values_are_drawn_by_frequency():
-    # dimension 0 stands still for one value in four of factor 0, dimension 1 for every value of factor 1
+    # dimension 0 is constant for one of four values of factor 0, dimension 1 for every value of factor 1
     factors = torch.randint(4, (4000, 2), generator=torch.Generator().manual_seed(0))
     noise = torch.from_numpy(np.random.default_rng(3).normal(size=4000))
     metric = FactorVAEScore(votes=2000)
     metric.update(torch.stack([noise * (factors[:, 0] > 0), factors[:, 1].double()], 1), factors)
-    # right: all votes of factor 1 and a quarter of those of factor 0, the rest of which go to dimension 1
+    # correct votes: all of factor 1, and a quarter of factor 0, whose other votes go to dimension 1
     assert float(metric.compute()) == pytest.approx(0.625, abs=0.05)
 
 
@@ -323,7 +323,7 @@ def test_udr_matches_loop_over_model_pairs(correlation):
 
 
 def lasso(x, y, alpha=0.1):
-    """|w| of argmin 1/2N ||y - x w||^2 + alpha |w|_1, by coordinates."""
+    """|w| of argmin 1/2N ||y - x w||^2 + alpha |w|_1, by coordinate descent."""
     w = np.zeros(x.shape[1])
     for _ in range(200):
         for d in range(len(w)):
@@ -332,7 +332,7 @@ def lasso(x, y, alpha=0.1):
     return abs(w)
 
 
-def test_dimensions_without_kl_and_without_change_are_left_out():
+def test_udr_omits_constant_and_zero_kl_dimensions():
     plain = udr(BLURRED, MIXED)
     wide = torch.cat([BLURRED, NOISE[:, :2], torch.ones(N, 1)], 1)
     kl = torch.tensor([1.0, 1, 1, 1, 0.005, 0.0, 2]).expand(N, 7)
@@ -361,7 +361,7 @@ def _rank(rank, store, folder, n_first):
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
     )
-    # torchmetrics' warning of no update, which it prints on rank 0 alone where LOCAL_RANK is set
+    # torchmetrics warns of a missing update, on rank 0 alone if LOCAL_RANK is set
     warnings.filterwarnings("ignore", "The ``compute`` method of metric")
     rows = slice(0, n_first) if rank == 0 else slice(n_first, N)
     mig, ranking = MIG(), UDR(2)
@@ -419,7 +419,7 @@ def test_invalid_inputs_are_refused_in_one_line(metric, codes, factors, message)
     assert "\n" not in str(caught.value)
 
 
-def test_one_factor_is_enough_for_a_gap():
+def test_gap_metrics_accept_one_factor():
     for metric in (MIG(), SAP(), IRS()):
         metric.update(PERFECT, FACTORS[:, :1].float())
         assert float(metric.compute()) > (0.2 if isinstance(metric, IRS) else 0.98)

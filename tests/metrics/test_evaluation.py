@@ -1,4 +1,4 @@
-"""The figures of every evaluation against numpy and scipy."""
+"""The metrics of `Evaluation` against numpy and scipy."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_uneven_batches_match_whole_set_metrics(shape: tuple[int, ...]) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_perfect_reconstruction() -> None:
+def test_perfect_reconstruction_has_ideal_figures() -> None:
     evaluation, x = Evaluation((1, 12, 12), CPU), torch.rand(3, 1, 12, 12)
     evaluation.add({}, x, x)
     found = evaluation.compute()
@@ -95,7 +95,7 @@ def test_half_precision_inputs_are_measured_in_float32() -> None:
     assert evaluation.compute()["mse"].item() == pytest.approx(0.25, rel=1e-2)
 
 
-def test_means_weigh_by_samples_carry_no_gradient_and_reset() -> None:
+def test_means_weight_by_samples_without_gradient_and_reset() -> None:
     means = Means()
     assert means.compute() == {}
     means.add({"a": torch.tensor(1.0, requires_grad=True), "b": torch.tensor(4.0)}, 30)

@@ -1,4 +1,4 @@
-"""Pixel AUROC and PRO against the formulas written out slowly, region by region and threshold by threshold."""
+"""Pixel AUROC and PRO against loops over regions and thresholds."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ REGIONS = [
 
 
 def slow_pro(maps, truth, limit):
-    """The curve at each threshold, then the area by a fine grid that reads it as straight lines between thresholds."""
+    """The curve at each threshold, and its area by linear interpolation on a fine grid."""
     points = [(0.0, 0.0)]
     for threshold in sorted({*maps.ravel()}, reverse=True):
         above = maps >= threshold
@@ -45,11 +45,11 @@ def test_pro_matches_slow_formula(limit, levels):
     assert per_region_overlap(maps, truth, limit) == pytest.approx(slow_pro(maps, truth, limit), abs=1e-4)
 
 
-def test_limits_of_pro():
+def test_pro_of_perfect_inverted_and_constant_maps():
     truth = masks()
     assert per_region_overlap(truth.astype(float), truth) == pytest.approx(1)
     assert per_region_overlap(1.0 - truth, truth) == pytest.approx(0, abs=1e-9)
-    # one value for all says nothing: the diagonal
+    # a constant map gives the diagonal, whose normalised area is 0.3 / 2
     assert per_region_overlap(np.zeros(truth.shape), truth) == pytest.approx(0.15)
     # finding the small region counts as much as finding the large one
     small, large = np.zeros(truth.shape), np.zeros(truth.shape)
@@ -68,7 +68,7 @@ def test_pixel_auroc_matches_scikit_learn():
 
 
 @pytest.mark.parametrize("truth", [np.zeros((1, 4, 4), bool), np.ones((1, 4, 4), bool), np.zeros((2, 4, 4), bool)])
-def test_masks_of_one_kind_or_another_shape_are_refused(truth):
+def test_constant_masks_and_wrong_shapes_are_refused(truth):
     for metric in (pixel_auroc, per_region_overlap):
         with pytest.raises(AezooError, match="masks"):
             metric(np.zeros((1, 4, 4)), truth)

@@ -1,4 +1,4 @@
-"""Metrics of sparse codes: figures against NumPy, scikit-learn and all permutations, however the samples are cut."""
+"""Metrics of sparse codes against NumPy, scikit-learn and all permutations, for any batch size."""
 
 import math
 from itertools import permutations
@@ -19,12 +19,12 @@ from aezoo.data.synthetic_dictionary import SyntheticDictionary
 from aezoo.errors import AezooError
 
 N, X, LATENTS = 501, 7, 12
-DICE = torch.Generator().manual_seed(0)
-# far from 0 and of unequal spread, so that a mean that is left out or taken of a batch shows
-SAMPLES = torch.randn(N, X, generator=DICE) * torch.arange(1.0, 8) + 30 * torch.rand(X, generator=DICE)
+GENERATOR = torch.Generator().manual_seed(0)
+# non-zero means and unequal variances, so that an omitted mean or a mean per batch changes the metrics
+SAMPLES = torch.randn(N, X, generator=GENERATOR) * torch.arange(1.0, 8) + 30 * torch.rand(X, generator=GENERATOR)
 SAMPLES[100:200] += 20
-HATS = 0.7 * SAMPLES + torch.randn(N, X, generator=DICE)
-CODES = torch.randn(N, LATENTS, generator=DICE).relu() * (torch.rand(N, LATENTS, generator=DICE) < 0.3)
+HATS = 0.7 * SAMPLES + torch.randn(N, X, generator=GENERATOR)
+CODES = torch.randn(N, LATENTS, generator=GENERATOR).relu() * (torch.rand(N, LATENTS, generator=GENERATOR) < 0.3)
 CODES[:, [2, 9]] = 0
 CODES[:400, 5] = 0
 x, hat, f = (part.double().numpy() for part in (SAMPLES, HATS, CODES))
@@ -38,14 +38,14 @@ EXPECTED = {
 }
 
 
-def cut(size):
+def batches(size):
     return zip(CODES.split(size), SAMPLES.split(size), HATS.split(size), strict=True)
 
 
 @pytest.mark.parametrize("size", [N, 500, 128, 7, 1])
 def test_metrics_do_not_depend_on_batch_size(size):
     together = metrics.sparse_metrics((X,), (LATENTS,))
-    for code, samples, hats in cut(size):
+    for code, samples, hats in batches(size):
         together.update(code=code, x=samples, x_hat=hats)
     found = together.compute()
     assert set(found) == set(EXPECTED)
@@ -54,24 +54,24 @@ def test_metrics_do_not_depend_on_batch_size(size):
         assert float(found[name]) == pytest.approx(float(value), rel=1e-12), name
 
 
-def test_the_mean_over_batches_of_their_own_fvu_is_biased():
-    """What others report: it depends on the cut, and that is the reason for the sums."""
+def test_mean_of_fvu_over_batches_is_biased():
+    """Other libraries report this mean, which depends on the batch size; `FVU` accumulates sums instead."""
     means = []
     for size in (N, 100, 10):
         of_batches = [1 - r2_score(one.numpy(), other.numpy(), multioutput="variance_weighted")
-                      for _, one, other in cut(size) if len(one) > 1]  # fmt: skip
+                      for _, one, other in batches(size) if len(one) > 1]  # fmt: skip
         means.append(float(np.mean(of_batches)))
     exact = float(EXPECTED["fvu"])
     assert means[0] == pytest.approx(exact, rel=1e-5)
     assert means[1] > 1.2 * exact and means[2] > 1.3 * exact
-    # without the mean, E||x||^2 only, it would look several times better
+    # relative to E||x||^2, without subtracting the mean, the value is less than half
     assert float(((x - hat) ** 2).sum() / (x**2).sum()) < exact / 2
 
 
 def test_fvu_accumulates_in_float64():
     n = 20_000
-    samples = 1000 + torch.randn(n, 4, generator=DICE)
-    hats = samples + 0.1 * torch.randn(n, 4, generator=DICE)
+    samples = 1000 + torch.randn(n, 4, generator=GENERATOR)
+    hats = samples + 0.1 * torch.randn(n, 4, generator=GENERATOR)
     expected = 1 - r2_score(samples.double().numpy(), hats.double().numpy(), multioutput="variance_weighted")
     fvu = metrics.FVU(4)
     for one, other in zip(samples.split(64), hats.split(64), strict=True):
@@ -87,7 +87,7 @@ def test_fvu_accumulates_in_float64():
 def test_perfect_reconstruction_has_ideal_metrics():
     found = metrics.sparse_metrics((X,), (LATENTS,))
     found.update(code=CODES, x=SAMPLES, x_hat=SAMPLES)
-    # Cosine and Shrinkage have equal sums then, and must not be taken for one
+    # Cosine and Shrinkage then have equal states, and must not be merged into one compute group
     found.update(code=CODES, x=SAMPLES, x_hat=-2 * SAMPLES)
     ends = {name: float(value) for name, value in found.compute().items()}
     assert ends["cosine"] == pytest.approx(0) and ends["shrinkage"] == pytest.approx(1.5)
@@ -130,7 +130,7 @@ def test_threshold_applies_to_absolute_activations():
 
 def test_maps_are_flattened():
     fvu, l0 = metrics.FVU(12), metrics.L0()
-    images = torch.rand(9, 3, 2, 2, generator=DICE)
+    images = torch.rand(9, 3, 2, 2, generator=GENERATOR)
     fvu.update(images, images * 0.9)
     l0.update(images > 0.5)
     flat = images.flatten(1).numpy()
@@ -201,18 +201,18 @@ def recovery(atoms, directions):
     return {name: float(value) for name, value in metric.compute().items()}
 
 
-ATOMS = torch.nn.functional.normalize(torch.randn(6, 4, generator=DICE), dim=1)
+ATOMS = torch.nn.functional.normalize(torch.randn(6, 4, generator=GENERATOR), dim=1)
 
 
 def test_true_atoms_score_1_up_to_order_sign_scale():
-    order = torch.randperm(6, generator=DICE)
-    signs = torch.tensor([1.0, -1, 1, -1, -1, 1])[:, None] * torch.rand(6, 1, generator=DICE)
+    order = torch.randperm(6, generator=GENERATOR)
+    signs = torch.tensor([1.0, -1, 1, -1, -1, 1])[:, None] * torch.rand(6, 1, generator=GENERATOR)
     assert recovery(3 * ATOMS, ATOMS[order] * signs) == pytest.approx({"mcc": 1, "uniqueness": 1}, abs=1e-6)
 
 
 @pytest.mark.parametrize("latents", [6, 4, 7])
 def test_mcc_uses_optimal_matching(latents):
-    directions = torch.randn(latents, 4, generator=DICE)
+    directions = torch.randn(latents, 4, generator=GENERATOR)
     cosine = np.abs(cosine_similarity(ATOMS.double().numpy(), directions.double().numpy()))
     if latents <= 6:
         best = max(sum(cosine[i, j] for j, i in enumerate(p)) for p in permutations(range(6), latents))
@@ -221,7 +221,7 @@ def test_mcc_uses_optimal_matching(latents):
     found = recovery(ATOMS, directions)
     assert found["mcc"] == pytest.approx(best / 6, abs=1e-6)
     assert found["uniqueness"] == len(set(cosine.argmax(0))) / latents
-    # each atom's nearest latent, many to one, is an upper bound that duplicates reach and a matching does not
+    # the nearest latent of each atom, without one-to-one matching, gives an upper bound
     assert found["mcc"] <= cosine.max(1).mean() + 1e-9
 
 
@@ -242,7 +242,7 @@ def test_similarity_averages_dictionaries_and_joins_streams():
     assert recovery(source.atoms, source.atoms.flip(0))["mcc"] == pytest.approx(1, abs=1e-6)
 
 
-# ---- refusals and company -------------------------------------------------------------------------------------------
+# ---- refusals, precision and collections ----------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -273,7 +273,7 @@ def test_a_device_without_float64_takes_float32():
     assert float(found["fvu"]) == pytest.approx(float(EXPECTED["fvu"]), rel=1e-3)
 
 
-def test_metrics_share_a_collection():
+def test_metrics_form_a_collection():
     together = MetricCollection([metrics.Cosine(), metrics.Shrinkage(), metrics.ReconstructionBias()])
     together.update(SAMPLES, SAMPLES)
     together.update(SAMPLES, 3 * SAMPLES)

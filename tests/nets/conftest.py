@@ -1,3 +1,3 @@
-"""These tests start from one seed, as the laws do."""
+"""Seed every test in this folder."""
 
 from law_fixtures import _seed  # noqa: F401

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
-# ---- the players -----------------------------------------------------------------------------------------------------
+# ---- losses and discriminators ---------------------------------------------------------------------------------------
 
 
 def test_hinge_loss_matches_hand_computation() -> None:
@@ -47,7 +47,7 @@ def test_adaptive_weight_matches_hand_computation(rec: list[float], gan: list[fl
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo imports what torch itself has deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo imports modules that torch has deprecated
 def test_compiled_last_layer_gradients_match_eager(shifted: Any) -> None:
     net = shifted(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))).double()
     scale, z = nn.Parameter(torch.tensor(0.7, dtype=torch.float64)), torch.randn(6, 3, dtype=torch.float64)

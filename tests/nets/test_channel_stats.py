@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
-# ---- the code's scale ------------------------------------------------------------------------------------------------
+# ---- standardised codes ----------------------------------------------------------------------------------------------
 
 
 def test_standardiser_moments_match_all_observed_codes() -> None:

@@ -21,7 +21,7 @@ from aezoo.training import cost
 CPU = torch.device("cpu")
 # docs/networks.md: parameters of both networks, and FLOPs of one sample through them
 MOST_PARAMETERS, MOST_FLOPS, MOST_FLOPS_OF_PAPERS = 20_000_000, 2e8, 5.5e8
-# of 128 samples on two threads of the processor that docs/networks.md names, and of models that it names, in seconds
+# seconds for 128 samples on two threads of the processor in docs/networks.md, which lists the exceptions too
 LONGEST_STEP = 3.0
 # alad passes 13 batches through its networks; torch counts a transformer's attention from 2.15 on
 LONGEST_STEPS = {"piwae": 55, "miwae": 28, "alad": 12, "consistency_decoder": 8, "diffusers_ae": 8, "cheng2020": 5}
@@ -69,7 +69,7 @@ def test_default_networks_of_all_models_are_affordable():
     classes = [aezoo.model_class(name) for name in entries() if entries()[name].owner == "aezoo"]
     own = {of for cls in classes for of in getattr(cls, "own_hidden_dims", {}).items()}
     for (name, of_paper), shape in itertools.product([*dict.fromkeys(nets.NETS).items(), *sorted(own)], SHAPES):
-        stays = of_paper is not None and name != "mlp"  # also for larger samples
+        stays = of_paper is not None and name != "mlp"  # the dims of a paper are not reduced for larger samples
         if (stays and shape == (3, 128, 128)) or (len(shape) == 1 and name not in nets.WITHOUT_GRID):
             continue
         dims = nets.default_hidden_dims(name, shape, of_paper)
@@ -86,12 +86,12 @@ def test_default_networks_of_all_models_are_affordable():
 def test_model_is_affordable_with_costly_networks(name, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     takes_net = "net" in inspect.signature(aezoo.model_class(name)).parameters
-    # what a network costs differs little from model to model
-    stands_for_others = name in (*SLOW_REPRESENTATIVE, *LONGEST_STEPS, "simmim")
-    costly = COSTLY if stands_for_others else COSTLY[-1:]
+    # a network costs about the same in most models, so that these test the last network only
+    tests_all_networks = name in (*SLOW_REPRESENTATIVE, *LONGEST_STEPS, "simmim")
+    costly = COSTLY if tests_all_networks else COSTLY[-1:]
     built = 0
     for net, shape in itertools.product(costly if takes_net else [None], [(3, 64, 64), (1, 28, 28), (784,)]):
-        if built and not stands_for_others:
+        if built and not tests_all_networks:
             break
         try:
             model = aezoo.create_model(name, shape, **({"net": net} if net else {}))
@@ -103,7 +103,7 @@ def test_model_is_affordable_with_costly_networks(name, monkeypatch):
     assert built
 
 
-def test_classes_with_networks_of_any_kind_choose_sizes():
+def test_models_with_net_argument_choose_default_dims():
     for name, entry in entries().items():
         cls = aezoo.model_class(name) if entry.owner == "aezoo" else object
         parameters = inspect.signature(cls).parameters
@@ -148,7 +148,7 @@ def test_slow_fit_names_cost_and_flag(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     wide = VAE((1, 28, 28), net="resnet", hidden_dims=(100,))
     states = torch.random.get_rng_state()
-    # 9 in 3x3 convolutions of 14x14 places, both ways, two blocks of two: 2 * 4 * 9 * 100^2 * 196 FLOPs and little more
+    # mostly 4 convolutions of 3x3 on 14x14 places, 2 in each of two blocks: 2 * 4 * 9 * 100^2 * 196 FLOPs
     assert cost.seconds_per_step(wide, 128, CPU) == pytest.approx(3 * 128 * 72 * 1e4 * 196 / 1e11, rel=0.05)
     assert cost.advice(wide, 128, CPU) is None
     line = (
@@ -163,7 +163,7 @@ def test_slow_fit_names_cost_and_flag(monkeypatch):
 
 
 @pytest.mark.slow
-def test_fit_prints_the_line_and_info_the_defaults(capsys, tmp_path, monkeypatch):
+def test_fit_prints_cost_and_info_prints_default_dims(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cost, "MANY_PARAMETERS", 100)
     main(["fit", "--model=vae", "--model.hidden_dims=[8]", "--data=digits", "--trainer.fast_dev_run=true"])

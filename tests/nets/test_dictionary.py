@@ -24,7 +24,7 @@ def distances(x: Tensor, point: Any) -> tuple[float, Any]:
     return float(lengths.sum()), (off / lengths).sum(0)
 
 
-def nearest_to_all(x: Tensor) -> Any:
+def numerical_median(x: Tensor) -> Any:
     return scipy.optimize.minimize(
         lambda m: distances(x, m), np.median(x.numpy(), 0), jac=True, method="BFGS", options={"gtol": 1e-9}
     )
@@ -34,7 +34,7 @@ def nearest_to_all(x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_rows_move_to_the_nearest_point_of_the_simplex(size: int) -> None:
+def test_simplex_projection_matches_numerical_optimiser(size: int) -> None:
     v = torch.randn(12, size, dtype=torch.float64) * torch.logspace(-2, 1, 12, dtype=torch.float64)[:, None]
     found = project_to_simplex(v)
     assert (found >= 0).all()
@@ -50,8 +50,8 @@ def test_rows_move_to_the_nearest_point_of_the_simplex(size: int) -> None:
             options={"ftol": 1e-14},
         )
         np.testing.assert_allclose(near, best.x, atol=1e-5)
-    torch.testing.assert_close(project_to_simplex(found), found)  # what is there stays
-    torch.testing.assert_close(project_to_simplex(v + 3), found)  # a number for a whole row changes nothing
+    torch.testing.assert_close(project_to_simplex(found), found)  # idempotent
+    torch.testing.assert_close(project_to_simplex(v + 3), found)  # invariant to a constant added to all values
     assert project_to_simplex(v.bfloat16()).dtype == torch.float32
 
 
@@ -63,14 +63,14 @@ def test_geometric_median_matches_numerical_optimiser(case: str) -> None:
     if case == "off centre":
         x = x.exp() * 3 - 7
     found = geometric_median(x).numpy()
-    best = nearest_to_all(x)
+    best = numerical_median(x)
     np.testing.assert_allclose(found, best.x, atol=1e-5)
     assert distances(x, found)[0] <= best.fun * (1 + 1e-12)
-    assert np.abs(found - x.mean(0).numpy()).max() > 1e-2  # the mean is another point
+    assert np.abs(found - x.mean(0).numpy()).max() > 1e-2  # the mean differs
 
 
 def test_geometric_median_may_coincide_with_a_sample() -> None:
-    """Weiszfeld's plain iteration divides by 0 where a sample is the median, and never leaves one where it is not."""
+    """Weiszfeld's plain iteration divides by 0 at a sample, and stops there even if it is not the median."""
     x = torch.randn(9, 3, dtype=torch.float64)
     several = torch.cat([x, x[:1].expand(12, 3)])
     torch.testing.assert_close(geometric_median(several), x[0], rtol=0, atol=1e-6)
@@ -96,7 +96,7 @@ def test_auto_decode_switches_at_measured_crossover() -> None:
     dictionary = Dictionary(2 * CROSSOVER["cpu"], (7,))
     assert [dictionary.uses_gather(k) for k in (1, 2, 3, 100)] == [True, True, False, False]
     assert not any(Dictionary(2 * CROSSOVER["cpu"], (7,), "dense").uses_gather(k) for k in (1, 2, 3))
-    assert not dictionary.to("meta").uses_gather(1)  # a device that nobody has measured
+    assert not dictionary.to("meta").uses_gather(1)  # no crossover was measured on this device
 
 
 # ---- normalised samples ----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_input_norm_equals_normalising_samples_before(name: str, input_norm: str
 
 
 @pytest.mark.parametrize("name", ["sae_l1", "topk_sae"])
-def test_first_batch_initialises_what_is_normalised(name: str) -> None:
+def test_data_init_uses_normalised_samples(name: str) -> None:
     x = 3 * torch.randn(12, *SHAPE, dtype=torch.float64) + 1
     model, plain = pair(name, "layer_norm", data_init=True)
     model.train().begin_step(x, 0)
@@ -191,7 +191,7 @@ def test_unknown_or_unsuitable_input_norm_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["topk_sae", "batch_topk_sae", "matryoshka_sae"])
-def test_directions_may_have_any_norm(name: str) -> None:
+def test_unit_norm_of_directions_can_be_disabled(name: str) -> None:
     free, bound = (
         aezoo.create_model(name, SHAPE, latent_dim=N, k=3, unit_norm=unit_norm).double() for unit_norm in (False, True)
     )

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from finite_differences import assert_gradients_match
-from torch import Tensor
 
 from aezoo.nets.blocks import flows
 from aezoo.nets.blocks.flows import MADE
@@ -14,7 +13,7 @@ from aezoo.nets.blocks.flows import MADE
 
 
 def test_flow_steps_are_invertible_for_any_parameters() -> None:
-    """And finite in float32, where a softplus or a tanh reaches its limit."""
+    """And finite in float32, also for saturated softplus and tanh."""
     z = torch.linspace(-30, 30, 2001)[:, None]
     for scale in (1, 10, 100, 1e4):
         for step, size in flows.FLOWS.values():
@@ -23,9 +22,9 @@ def test_flow_steps_are_invertible_for_any_parameters() -> None:
                 moved, log_det = step(z, p)
                 assert moved.isfinite().all() and log_det.isfinite().all()
                 assert (moved.diff(dim=0) >= -1e-5 * moved.abs().max()).all()
-    # the planar step of a port without u' turns back on itself: w u = -3
+    # with u in place of u' a planar step is not monotone for w u = -3
     assert (z + -3.0 * torch.tanh(z)).diff(dim=0).min() < 0
-    # as does a radial one with b' = b < -a, here a = 1
+    # nor is a radial step with b' = b < -a, here a = 1
     assert (z - 2 * z / (1 + z.abs())).diff(dim=0).min() < 0
 
 
@@ -57,7 +56,7 @@ def test_planar_step_matches_paper() -> None:
     moved, log_det = flows.planar(z, torch.cat([u, w, b], 1))
     h = torch.tanh((w * z).sum(1, keepdim=True) + b)
     u_hat = (moved - z) / h
-    # u moves along w only, to where w u' = m(w u) > -1
+    # u' - u is parallel to w, and w u' = m(w u) > -1
     torch.testing.assert_close(u_hat - u, (u_hat - u) * w / w**2 * w)
     along = ((u_hat - u) * w).sum(1, keepdim=True) / (w * w).sum(1, keepdim=True)
     torch.testing.assert_close(u_hat - u, along * w)
@@ -113,15 +112,11 @@ def test_autoregressive_net_depends_on_past_and_context(size: int, hidden: int) 
     made = MADE(size, hidden).double()
     z, context = torch.randn(size, dtype=torch.float64), torch.randn(hidden, dtype=torch.float64)
     for which in (0, 1):
-
-        def of_one(z: Tensor, h: Tensor, which: int = which) -> Tensor:
-            return made(z[None], h[None])[which][0]
-
         of_z, of_h = torch.autograd.functional.jacobian(
             lambda z, h, w=which: made(z[None], h[None])[w][0], (z, context)
         )
         assert torch.equal(of_z, of_z.tril(-1))
-        assert (of_h.abs().sum(1) > 0).all()  # the first too, which sees nothing else
+        assert (of_h.abs().sum(1) > 0).all()  # also of the first value, which depends on the context alone
         if hidden >= size:
             assert (of_z.tril(-1).abs() > 0).sum() == size * (size - 1) / 2
 

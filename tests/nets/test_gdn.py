@@ -9,14 +9,14 @@ from finite_differences import assert_network_gradients_match
 
 from aezoo.nets.gdn import GDN
 
-# ---- divisive normalisation ------------------------------------------------------------------------------------------
+# ---- generalised divisive normalisation ------------------------------------------------------------------------------
 
 
-def test_gdn_divides_by_the_joint_size_of_channels() -> None:
+def test_gdn_and_its_inverse_match_formula() -> None:
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    layer, mirror = GDN(3).double(), GDN(3, inverse=True).double()
+    layer, inverse_layer = GDN(3).double(), GDN(3, inverse=True).double()
     with torch.no_grad():
-        for part in (layer, mirror):
+        for part in (layer, inverse_layer):
             part.root_beta_C.copy_(torch.tensor([0.5, 1.0, 2.0]))
             part.root_gamma_CC.copy_(torch.tensor([[0.3, -0.2, 0.1], [0.4, 0.6, 0.0], [0.2, 0.1, 0.5]]))
     beta, gamma = np.array([0.25, 1.0, 4.0]) + 1e-6, layer.root_gamma_CC.detach().numpy() ** 2
@@ -24,12 +24,12 @@ def test_gdn_divides_by_the_joint_size_of_channels() -> None:
     for i in range(3):
         size[:, i] = beta[i] + sum(gamma[i, j] * x[:, j].numpy() ** 2 for j in range(3))
     np.testing.assert_allclose(layer(x).detach().numpy(), x.numpy() / np.sqrt(size))
-    np.testing.assert_allclose(mirror(x).detach().numpy(), x.numpy() * np.sqrt(size))
+    np.testing.assert_allclose(inverse_layer(x).detach().numpy(), x.numpy() * np.sqrt(size))
 
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_float16_gdn_handles_overflowing_squares(inverse: bool) -> None:
-    """65,504 is the largest number of float16, and 300^2 more."""
+    """300^2 exceeds 65,504, the largest float16."""
     x = torch.tensor([300.0, -20.0, 1000.0]).repeat(2, 1)[..., None].requires_grad_()
     layer, sign = GDN(3, inverse), torch.tensor([1.0, -1.0, 1.0])[:, None]
     exact = layer(x)
@@ -37,8 +37,8 @@ def test_float16_gdn_handles_overflowing_squares(inverse: bool) -> None:
         with torch.autocast("cpu", torch.float16, enabled=autocast):
             found = given(x.half())
         assert found.dtype == torch.float16
-        scale = 1e-3 if inverse else 1.0  # 1000 becomes more than float16 has
-        small = exact.abs() < 6e4
+        scale = 1e-3 if inverse else 1.0
+        small = exact.abs() < 6e4  # the inverse maps 1000 beyond the range of float16
         torch.testing.assert_close((scale * found.float())[small], (scale * exact)[small], rtol=5e-3, atol=1e-3)
         (slope,) = torch.autograd.grad((sign * found.float())[small].sum(), x)
         assert bool(slope.isfinite().all())
@@ -46,18 +46,18 @@ def test_float16_gdn_handles_overflowing_squares(inverse: bool) -> None:
 
 @pytest.mark.parametrize("grid", [(7,), (4, 5), (2, 3, 4)])
 def test_inverse_gdn_undoes_gdn_for_zero_gamma(grid: tuple[int, ...]) -> None:
-    """Exact for gamma = 0 only: with weights the mirror is one step of a fixed-point iteration."""
+    """Exact for gamma = 0 only; otherwise the inverse layer is one step of a fixed-point iteration."""
     x = torch.randn(2, 3, *grid, dtype=torch.float64)
-    layer, mirror = GDN(3).double(), GDN(3, inverse=True).double()
+    layer, inverse_layer = GDN(3).double(), GDN(3, inverse=True).double()
     with torch.no_grad():
-        for part in (layer, mirror):
+        for part in (layer, inverse_layer):
             part.root_beta_C.uniform_(0.5, 2).copy_(torch.tensor([0.6, 1.1, 1.7]))
             part.root_gamma_CC.zero_()
-    torch.testing.assert_close(mirror(layer(x)), x)
+    torch.testing.assert_close(inverse_layer(layer(x)), x)
     with torch.no_grad():
-        mirror.root_gamma_CC.fill_(0.3)
+        inverse_layer.root_gamma_CC.fill_(0.3)
         layer.root_gamma_CC.fill_(0.3)
-    assert not torch.allclose(mirror(layer(x)), x, atol=1e-2)
+    assert not torch.allclose(inverse_layer(layer(x)), x, atol=1e-2)
 
 
 def test_gradients_match_finite_differences() -> None:

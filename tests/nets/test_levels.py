@@ -12,7 +12,7 @@ def normal(mu: Tensor, log_var: Tensor) -> D.Normal:
     return D.Normal(mu, torch.exp(0.5 * log_var))
 
 
-# ---- the bound -------------------------------------------------------------------------------------------------------
+# ---- KL divergence ---------------------------------------------------------------------------------------------------
 
 
 def test_level_kl_matches_torch_distributions() -> None:
@@ -28,7 +28,7 @@ def test_level_kl_matches_torch_distributions() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-    # also where a variance of float32 would overflow
+    # also where a float32 variance would overflow
     far = torch.full((1, 1), 20.0)
     assert Level(far, far, far, far, -far, -far).kl().isfinite()
 

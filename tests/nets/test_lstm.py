@@ -11,7 +11,7 @@ from torch import nn
 from aezoo import nets
 from aezoo.nets import lstm
 
-# ---- the networks of steps -------------------------------------------------------------------------------------------
+# ---- sequence networks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(9,), (3, 7), (2, 5, 6), (2, 3, 4, 5)])

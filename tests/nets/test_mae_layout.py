@@ -5,7 +5,7 @@ import torch
 from aezoo.nets.blocks import mae_layout
 
 
-def test_names_of_transformers_become_the_authors() -> None:
+def test_transformers_names_become_original_names() -> None:
     names = {
         "vit.embeddings.cls_token": "cls_token",
         "embeddings.position_embeddings": "pos_embed",

@@ -11,18 +11,18 @@ from aezoo import nets
 from aezoo.errors import AezooError
 from aezoo.nets import mixer, vit
 
-SHAPE = (2, 7, 6)  # 4 x 3 patches of 2 x 2, the last row half filled
+SHAPE = (2, 7, 6)  # 4 x 3 patches of 2 x 2, padding is half of the last row
 
 
 def data(n: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.rand(n, *shape, dtype=torch.float64)
 
 
-# ---- the transformer -------------------------------------------------------------------------------------------------
+# ---- MLP-Mixer -------------------------------------------------------------------------------------------------------
 
 
 def mixed(block: mixer.Block, x_BND: Tensor) -> Tensor:
-    """A mixer's block by the paper's equation 1, sums over places and over channels written out."""
+    """A block by the paper's equation 1, with explicit sums over positions and channels."""
 
     def norm_(layer: nn.LayerNorm, h: Tensor) -> Tensor:
         mean, var = h.mean(2, keepdim=True), h.var(2, correction=0, keepdim=True)
@@ -44,11 +44,11 @@ def test_mixer_block_matches_formula(n: int, width: int, between: int, shifted: 
     assert (block(x_BND) - x_BND).abs().max() > 1e-3
 
 
-def test_token_mixing_depends_on_position_channel_mixing_not(shifted: Any) -> None:
+def test_only_token_mixing_depends_on_position(shifted: Any) -> None:
     block, x_BND = shifted(mixer.Block(6, 10, "gelu")).double(), torch.randn(3, 6, 10, dtype=torch.float64)
     order = torch.tensor([2, 0, 1, 5, 3, 4])
     assert (block(x_BND[:, order]) - block(x_BND)[:, order]).abs().max() > 1e-3
-    # attention, without positions, has no order
+    # attention without positions is permutation equivariant
     attention = shifted(vit.Block(10, "gelu")).double()
     torch.testing.assert_close(attention(x_BND[:, order]), attention(x_BND)[:, order])
     with torch.no_grad():
@@ -57,13 +57,13 @@ def test_token_mixing_depends_on_position_channel_mixing_not(shifted: Any) -> No
     other[:, 4] += 1
     places = (block(other) != block(x_BND)).flatten(2).any(2)
     assert torch.equal(places, (torch.arange(6) == 4).expand(3, 6))
-    with torch.no_grad():  # all places are alike then
+    with torch.no_grad():  # all positions are then treated alike
         block.places[2].bias.zero_()
     torch.testing.assert_close(block(x_BND[:, order]), block(x_BND)[:, order])
 
 
 def test_layers_over_places_are_the_same_for_each_channel(shifted: Any) -> None:
-    """Without what mixes channels, the normalisation too, a channel is a function of itself, the same for all."""
+    """Without channel mixing and normalisation, each channel is the same function of itself alone."""
     block, x_BND = shifted(mixer.Block(6, 10, "gelu")).double(), torch.randn(3, 6, 10, dtype=torch.float64)
     block.norm_1 = nn.Identity()
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_layers_over_places_are_the_same_for_each_channel(shifted: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 11), (3, 5, 7), (2, 3, 4, 5)])
 def test_mixer_networks_match_hand_written_forward(shape: tuple[int, ...], shifted: Any) -> None:
-    """Encoder and decoder of a map whole, by hand: widths that differ have a linear layer between them."""
+    """The whole encoder and decoder of a code map; a linear layer joins different widths."""
     patchify, x = vit.Patchify(shape), data(2, shape)
     code = (5, *patchify.grid)
     encoder = shifted(nets.encoder("mixer", shape, code, (8, 6), "gelu")).double()

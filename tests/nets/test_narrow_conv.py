@@ -1,4 +1,4 @@
-"""Layers that oneDNN gets wrong in 16 bits, on processors with AVX-512: their values and gradients are right."""
+"""Convolutions that oneDNN computes wrongly in bfloat16 with AVX-512 have correct values and gradients."""
 
 from itertools import product
 
@@ -24,7 +24,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Whether the layers that are asked are some of those."""
+    """The results of all calls of `needs_float32`."""
     found, real = [], narrow_conv.needs_float32
     for module in (narrow_conv, conv2d):
         monkeypatch.setattr(module, "needs_float32", lambda *args: (found.append(real(*args)), found[-1])[1])
@@ -32,14 +32,14 @@ def taken(monkeypatch):
 
 
 def poison(value):
-    """What memory was before."""
+    """Fill freed memory, so that reads of uninitialised memory return this value."""
     for n in (16, 64, 256, 1024, 4096, 16384):
         held = [torch.full((n,), value) for _ in range(4)]
         del held
 
 
 def assert_right(layer, shape):
-    """Against double precision of the same numbers of 16 bits."""
+    """Compare a bfloat16 layer with a float64 layer of the same values."""
     x = torch.randn(shape).bfloat16()
     torchs = type(layer).__base__
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding")

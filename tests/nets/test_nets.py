@@ -1,4 +1,4 @@
-"""Networks: every size returns exactly, codes are vectors or maps, samples are independent."""
+"""Networks: every input shape is restored, codes are vectors or maps, samples are independent."""
 
 import math
 
@@ -37,8 +37,8 @@ SHAPES += [(1, n, 1 + n % 5, 1 + n % 7) for n in (1, 2, 5, 12, 97)]
         pytest.param("ldm", (), marks=pytest.mark.slow),
     ],
 )
-def test_every_size_returns_exactly(name: str, stages: tuple[int, ...]) -> None:
-    # sides of all remainders are among one in three, too
+def test_every_input_shape_is_restored(name: str, stages: tuple[int, ...]) -> None:
+    # every third shape still covers all remainders
     for i, shape in enumerate(SHAPES if name == "conv" else SHAPES[::3]):
         grid = tuple(math.ceil(n / 2 ** len(stages)) for n in shape[1:])
         assert nets.map_shape(name, shape, stages, 5) == (5, *grid)
@@ -81,7 +81,7 @@ def test_mlp_layer_widths_match_article() -> None:
     assert sum(isinstance(m, nn.ReLU) for m in [*encoder, *decoder]) == 4
     assert isinstance(encoder[-2], nn.Linear)
     assert isinstance(decoder[-2], nn.Linear)
-    assert hidden == [128, 64]  # a caller's list is not turned over in place
+    assert hidden == [128, 64]  # the caller's list is not reversed in place
 
 
 def test_gated_layer_is_linear_times_sigmoid() -> None:
@@ -104,14 +104,14 @@ def test_keras_vae_network_has_published_parameter_count() -> None:
 
 
 def test_keras_vq_vae_network_has_published_parameter_count() -> None:
-    """Those of https://keras.io/examples/generative/vq_vae/: with 64 codes of 16 numbers the 48,913 that it prints."""
+    """Those of https://keras.io/examples/generative/vq_vae/; with 64 codes of 16 numbers 48,913, as printed there."""
     encoder = nets.encoder("conv_keras", (1, 28, 28), (16, 7, 7), (32, 64))
     decoder = nets.decoder("conv_keras", (16, 7, 7), (1, 28, 28), (64, 32))
     assert [sum(p.numel() for p in net.parameters()) for net in (encoder, decoder)] == [19_856, 28_033]
 
 
 def test_ldm_network_has_the_size_of_stable_diffusions() -> None:
-    """34,163,592 and 49,490,179 in AutoencoderKL of diffusers, with biases of keys and values that have no effect."""
+    """34,163,592 and 49,490,179 in diffusers' AutoencoderKL, including redundant biases of keys and values."""
     with torch.device("meta"):
         parts = (
             nets.encoder("ldm", (3, 64, 64), (8, 8, 8), (128, 256, 512), "silu"),
@@ -140,7 +140,7 @@ def test_residual_block_with_zero_last_conv_is_identity(rank: int) -> None:
 
 
 def shortcuts(net: nn.Module) -> nn.Module:
-    """A network without parameters that matter."""
+    """Set all parameters to 0, so that only shortcuts remain."""
     for p in net.parameters():
         nn.init.zeros_(p)
     return net.double()
@@ -156,14 +156,14 @@ def test_space_to_channel_shuffle_roundtrips(rank: int) -> None:
     assert torch.equal(shuffle(cells), x)
     z = torch.randn(2, 3 * 2**rank, *(2, 3, 1)[:rank])
     assert torch.equal(unshuffle(shuffle(z)), z)
-    # the values of a cell lie side by side
+    # the values of a cell are in adjacent channels
     corner = x[:, :, *[slice(2)] * rank].flatten(2)
     assert torch.equal(cells[:, :, *[0] * rank].unflatten(1, (3, -1)), corner)
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (2, 8, 12), (1, 7, 5), (1, 4, 3, 5)])
 def test_dc_shortcuts_with_enough_channels_are_lossless(shape: tuple[int, ...]) -> None:
-    """A stage without parameters is a rearrangement: in 2-D channels 4 C and 16 C hold all there is."""
+    """With zero parameters a stage only rearranges values: in 2-D, 4 C and 16 C channels hold all of them."""
     cell = 2 ** (len(shape) - 1)
     stages = (cell * shape[0], cell**2 * shape[0])
     code = nets.map_shape("dc", shape, stages, stages[-1])
@@ -194,7 +194,7 @@ def test_dc_shortcuts_average_and_repeat_cells(pool: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(6, 2), (2, 6), (6, 4), (4, 6), (1, 5), (5, 5)])
 def test_match_channels_averages_by_overlap(before: int, after: int) -> None:
-    """Each new one is the mean of the old ones over its own part of all, by the lengths that they have in common."""
+    """Each new channel is the mean of the old ones, weighted by the overlap of equal parts of [0, 1]."""
     from aezoo.nets.dc import match_channels
 
     x = torch.randn(2, before, 3, dtype=torch.float64)
@@ -215,10 +215,10 @@ def test_dc_stage_adds_convolution_to_shortcut() -> None:
     x = torch.rand(2, 3, 8, 6, dtype=torch.float64)
     down, up = _Down(2, 3, 6).double(), _Up(2, 3, 2, (16, 11), "silu").double()
     cells = torch.nn.functional.pixel_unshuffle
-    # of 2 x 4 values of a cell the first 6, beside means of two neighbours each
+    # the first 6 of 2 x 4 convolved channels, plus means of adjacent pairs of 3 x 4 channels
     expected = cells(down.conv(x), 2)[:, :6] + cells(x, 2).unflatten(1, (6, 2)).mean(2)
     torch.testing.assert_close(down(x), expected)
-    # each of 8 channels is a part of 24, of which each of 3 has 8
+    # 3 channels, repeated 8 times each, are averaged in groups of 3 to 8 channels
     eight = torch.stack([x[:, [i * 3 // 8, (i * 3 + 1) // 8, (i * 3 + 2) // 8]].mean(1) for i in range(8)], 1)
     expected = torch.nn.functional.pixel_shuffle(up.conv(nn.functional.silu(x)) + eight, 2)[..., :11]
     torch.testing.assert_close(up(x), expected)

@@ -13,7 +13,7 @@ from aezoo.nets import vit
 SHAPES = [(2, 11), (1, 8, 8), (3, 5, 7), (2, 3, 4, 5)]
 
 
-SHAPE = (2, 7, 6)  # 4 x 3 patches of 2 x 2, the last row half filled
+SHAPE = (2, 7, 6)  # 4 x 3 patches of 2 x 2, padding is half of the last row
 
 
 def data(n: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
@@ -25,7 +25,7 @@ def data(n: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 50])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_patches_put_together_are_the_sample(shape: tuple[int, ...], size: int) -> None:
+def test_inverse_patchify_restores_sample(shape: tuple[int, ...], size: int) -> None:
     patchify, x = vit.Patchify(shape, size), data(3, shape)
     patches_BNP = patchify(x)
     assert patches_BNP.shape == (3, patchify.n, patchify.size)
@@ -33,7 +33,7 @@ def test_patches_put_together_are_the_sample(shape: tuple[int, ...], size: int) 
     assert int(patchify.real_NP.sum()) == math.prod(shape)
     assert not patches_BNP[:, patchify.real_NP == 0].any()
     assert patches_BNP.sum().item() == pytest.approx(x.sum().item())
-    again = patchify(patchify.inverse(patches_BNP * 3 + 1))  # what fills up is no part of a sample
+    again = patchify(patchify.inverse(patches_BNP * 3 + 1))  # padding is not part of a sample
     torch.testing.assert_close(again, (patches_BNP * 3 + 1) * patchify.real_NP)
 
 
@@ -49,7 +49,7 @@ def test_patch_is_image_block_with_all_channels() -> None:
     ("shape", "sides"),
     [((1, 28, 28), (4, 4)), ((3, 224, 224), (16, 16)), ((3, 64, 64), (8, 8)), ((2, 1), (1,)), ((1, 1, 64), (1, 2))],
 )
-def test_the_automatic_patch_suits_the_input(shape: tuple[int, ...], sides: tuple[int, ...]) -> None:
+def test_default_patch_size_depends_on_shape(shape: tuple[int, ...], sides: tuple[int, ...]) -> None:
     assert vit.patch_sides(shape) == sides
 
 
@@ -85,7 +85,7 @@ def test_unshuffle_inverts_shuffle() -> None:
     assert torch.equal(vit.unshuffle(moved_BND, order_BN), tokens_BND)
     assert torch.equal(moved_BND[2, 5], tokens_BND[2, order_BN[2, 5]])
     assert torch.equal(vit.shuffle(tokens_BND, order_BN[:, :4]), moved_BND[:, :4])
-    # shuffling twice is the mistake: an order is its own inverse by chance only
+    # shuffling twice is wrong: a permutation is in general not its own inverse
     assert not torch.equal(vit.shuffle(moved_BND, order_BN), tokens_BND)
 
 

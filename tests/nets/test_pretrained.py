@@ -1,4 +1,4 @@
-"""Weights that torch.hub has stored: one place, one message, whoever asks for them."""
+"""Cached weights of torch.hub: their location, and messages for missing and broken files."""
 
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,22 @@ def test_cached_file_matches_torchvision_location(name: str, monkeypatch: pytest
     assert fetched == [cached_file(name)]
 
 
-def test_missing_and_broken_weights_name_the_cure(tmp_path: Path) -> None:
-    net, cure = nn.Linear(2, 3), r"fetch them once, python -c .*models\.resnet18\(weights='DEFAULT'\)\", or do without$"
-    with pytest.raises(AezooError, match=rf"^no weights of resnet18 in .*\.pth: {cure}"):
+def test_missing_and_broken_weights_are_refused_with_advice(tmp_path: Path) -> None:
+    net, advice = (
+        nn.Linear(2, 3),
+        r"fetch them once, python -c .*models\.resnet18\(weights='DEFAULT'\)\", or do without$",
+    )
+    with pytest.raises(AezooError, match=rf"^no weights of resnet18 in .*\.pth: {advice}"):
         load(net, "resnet18")
     file = cached_file("resnet18")
     file.write_bytes(b"no weights")
     with pytest.raises(
-        AezooError, match=rf"resnet18-\w+\.pth contains no weights of resnet18 \(\w+\): remove it and {cure}"
+        AezooError, match=rf"resnet18-\w+\.pth contains no weights of resnet18 \(\w+\): remove it and {advice}"
     ):
         load(net, "resnet18")
     torch.save(nn.Linear(2, 4).state_dict(), file)
     with pytest.raises(AezooError, match=r"\(RuntimeError\): remove it and fetch") as refused:
-        load(net, "resnet18")  # of another shape, which says so in many lines
+        load(net, "resnet18")  # of another shape, for which torch's message has several lines
     assert "\n" not in str(refused.value)
     for content, said in ((None, "no weights of a line in"), (b"", r"contains no weights of a line \(\w+\)")):
         own = tmp_path / "own.pth"

@@ -1,4 +1,4 @@
-"""Backbones of timm as encoders: the same features as timm's, its weights, frozen and trained, and what is refused."""
+"""Backbones of timm as encoders: features and weights equal timm's, frozen and trained backbones, refusals."""
 
 import subprocess
 import sys
@@ -21,8 +21,8 @@ from aezoo.nets.blocks.timm_backbone import Backbone, parse
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
-def shaken(net: nn.Module) -> nn.Module:
-    """With all weights and statistics moved: a normalisation by 0 and 1 would hide mistakes."""
+def perturbed(net: nn.Module) -> nn.Module:
+    """Perturb all weights and statistics, since mean 0 and variance 1 would hide mistakes."""
     with torch.no_grad():
         for value in net.state_dict().values():
             if value.is_floating_point():
@@ -37,7 +37,7 @@ def weights_of(net: nn.Module, file: Path) -> str:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
 def test_encoder_reads_the_last_map_of_timm(name: str, tmp_path: Path) -> None:
-    theirs = shaken(timm.create_model(name, num_classes=0))
+    theirs = perturbed(timm.create_model(name, num_classes=0))
     file = weights_of(theirs, tmp_path / "x.safetensors")
     encoder: Any = nets.encoder(f"timm:{name},pretrained={file}", (3, 64, 64), (5,), ())
     x = torch.rand(2, 3, 64, 64)
@@ -49,8 +49,8 @@ def test_encoder_reads_the_last_map_of_timm(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(x), encoder.head(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_vision_transformer_gives_normalised_tokens_in_place(tmp_path: Path) -> None:
-    theirs = shaken(timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8))
+def test_vision_transformer_returns_normalised_token_map(tmp_path: Path) -> None:
+    theirs = perturbed(timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8))
     file = weights_of(theirs, tmp_path / "x.safetensors")
     encoder: Any = nets.encoder(f"{VIT},pretrained={file}", (3, 32, 32), (5, 4, 4), ())
     x, mean = torch.rand(2, 3, 32, 32), torch.tensor(theirs.pretrained_cfg["mean"])[:, None, None]
@@ -60,7 +60,7 @@ def test_vision_transformer_gives_normalised_tokens_in_place(tmp_path: Path) -> 
 
 
 def test_weights_of_masked_autoencoders_are_read(tmp_path: Path) -> None:
-    """Of the authors and of transformers, without their decoders."""
+    """Checkpoints of the authors and of transformers, without their decoders."""
     home = Path(__file__).parent.parent / "fixtures" / "mae"
     for source, expected, heads, eps in (
         ("authors/checkpoint.pth", "authors", 1, 1e-6), ("transformers/model.safetensors", "transformers", 3, 1e-12)
@@ -77,7 +77,7 @@ def test_weights_of_masked_autoencoders_are_read(tmp_path: Path) -> None:
 
 
 def test_one_channel_has_the_sum_of_pretrained_weights(tmp_path: Path) -> None:
-    theirs = shaken(timm.create_model("test_resnet"))
+    theirs = perturbed(timm.create_model("test_resnet"))
     file = weights_of(theirs, tmp_path / "x.safetensors")
     grey, colour = (Backbone(parse(f"test_resnet,pretrained={file}"), (n, 32, 32)) for n in (1, 3))
     first = {n: next(net.parameters()) for n, net in ((1, grey), (3, colour))}
@@ -90,7 +90,7 @@ def test_one_channel_has_the_sum_of_pretrained_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "net", [RESNET, VIT, f"{RESNET},out_indices=1", f"{RESNET},decoder=mlp", f"{RESNET},img_size=64"]
 )
-def test_samples_return_in_their_shape(net: str, shape: tuple[int, ...]) -> None:
+def test_sample_shape_is_restored(net: str, shape: tuple[int, ...]) -> None:
     dims = nets.default_hidden_dims(net, shape)
     for code in ((6,), nets.map_shape(net, shape, dims, 4)):
         encoder, decoder = nets.encoder(net, shape, code, dims), nets.decoder(net, code, shape, dims[::-1])
@@ -102,7 +102,7 @@ def test_samples_return_in_their_shape(net: str, shape: tuple[int, ...]) -> None
 
 
 def step(model: Any) -> dict[str, Tensor]:
-    """The weights before a step of training, which is done."""
+    """Do a training step and return the weights before it."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-6)
     model.train().loss(torch.rand(4, *model.input_shape))["loss"].backward()
@@ -122,33 +122,33 @@ def test_frozen_backbone_does_not_change() -> None:
 
 def test_trained_backbone_keeps_the_statistics_of_batchnorm() -> None:
     model: Any = aezoo.create_model("vae", (3, 32, 32), net=RESNET)
-    # the last normalisation of a block starts at 0
+    # two steps, since the last normalisation of a block starts at 0
     before, _, after = step(model), step(model), model.state_dict()
     moved = {key for key in after if not torch.equal(before[key], after[key])}
     assert all(
         key in moved for key, _ in model.encoder.backbone.named_parameters("encoder.backbone") if "bn" not in key
     )
     assert not any("running" in key or "num_batches" in key for key in moved)
-    # those of a new network are of images, so that what a layer gives is neither 0 nor large
+    # a new network gets the statistics of random images, so that its outputs are neither 0 nor large
     assert 0.1 < model.encoder.backbone(torch.rand(64, 3, 32, 32))[-1].std() < 10
     assert all(module.momentum == 0.1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
 
 
 def test_saved_model_needs_no_file_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = Path(weights_of(shaken(timm.create_model("test_resnet")), tmp_path / "x.safetensors"))
+    file = Path(weights_of(perturbed(timm.create_model("test_resnet")), tmp_path / "x.safetensors"))
     model: Any = aezoo.create_model("vae", (3, 32, 32), net=f"{RESNET},pretrained={file},frozen")
     assert model.hparams["net"] == f"{RESNET},frozen"
     aezoo.save_model(model, tmp_path / "saved")
     file.unlink()
     again, x = aezoo.load_model(tmp_path / "saved"), torch.rand(2, 3, 32, 32)
     assert torch.equal(again.encode(x), model.eval().encode(x))
-    # a file that asks for others is not followed
+    # a config that names a file of weights does not load it
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace(f"{RESNET},frozen", f"{RESNET},pretrained={file},frozen"))
     assert torch.equal(aezoo.load_model(tmp_path / "saved").encode(x), model.encode(x))
 
 
-def test_file_put_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manually_stored_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -162,7 +162,7 @@ def test_file_put_by_hand_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raised.value
     )
     place.parent.mkdir()
-    theirs = shaken(timm.create_model("test_resnet"))
+    theirs = perturbed(timm.create_model("test_resnet"))
     weights_of(theirs, place)
     encoder: Any = nets.encoder(text, (3, 32, 32), (2,), ())
     assert torch.equal(next(encoder.backbone.parameters()), next(theirs.parameters()))
@@ -217,7 +217,7 @@ def test_file_without_all_weights_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_new_weights_follow_the_seed_whatever_was_built_before() -> None:
+def test_new_weights_depend_only_on_the_seed() -> None:
     def first() -> Tensor:
         torch.manual_seed(3)
         return next(nets.encoder("timm:test_convnext", (3, 48, 64), (2,), ()).parameters())
@@ -287,7 +287,7 @@ def test_feature_maps_are_those_of_torchvision(name: str, tmp_path: Path, monkey
     text = f"torchvision:{name},out_indices=0:-1"
     with pytest.raises(aezoo.AezooError, match=f"no weights of {name}"):
         feature_maps(text, (3, 64, 64))
-    theirs = shaken(models.get_model(name, weights=None))
+    theirs = perturbed(models.get_model(name, weights=None))
     torch.save(theirs.state_dict(), cached_file(name))
     net, x = feature_maps(text, (3, 64, 64)), torch.rand(2, 3, 64, 64)
     first, last = net(x)
@@ -327,7 +327,7 @@ def test_models_and_detectors_compare_feature_maps() -> None:
         assert all(value.isfinite() for value in terms.values())
         terms["loss"].backward()
         assert not any("backbone" in key for key in model.state_dict())
-    # random weights are the same again
+    # random weights are reproducible
     first, second = (feature_maps(RESNET, (3, 32, 32)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first(x), second(x), strict=True))
     assert FrozenFeatures(f"{RESNET},out_indices=2", (3, 32, 32))(x).shape[0] == 2

@@ -21,7 +21,7 @@ def data(n: int = 6, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def rows_of_encoder(encoder: Any, x: Tensor) -> np.ndarray:
-    """Tokens as numpy sees them, (B, N, D)."""
+    """Tokens as a numpy array, (B, N, D)."""
     return np.asarray(encoder(x).detach().numpy().swapaxes(1, 2))
 
 
@@ -51,7 +51,7 @@ def test_every_patch_is_written_from_every_token() -> None:
     assert (by_code.abs().amax(3) > 1e-9).all()
 
 
-def test_latent_tokens_permuted_give_tokens_permuted() -> None:
+def test_permuted_latent_tokens_permute_the_code() -> None:
     """Each token of the code is the output of its own latent token, in its order."""
     encoder, decoder = nets()
     x, order = data(3), torch.tensor([3, 1, 4, 0, 2])
@@ -64,11 +64,11 @@ def test_latent_tokens_permuted_give_tokens_permuted() -> None:
     with torch.no_grad():
         decoder.place_NW.copy_(decoder.place_NW[order])
     torch.testing.assert_close(decoder(code[..., order]), x_hat)
-    assert not torch.allclose(decoder(code), x_hat)  # the order of tokens says something
+    assert not torch.allclose(decoder(code), x_hat)  # the order of tokens matters
 
 
 def test_reshape_instead_of_transpose_is_detected() -> None:
-    """1d-tokenizer's `is_legacy` takes (B, N, W) for (B, W, N), so that a channel of the code mixes tokens."""
+    """1d-tokenizer's `is_legacy` reshapes (B, N, W) to (B, W, N), so that a channel of the code mixes tokens."""
 
     class Legacy(tokens.TokenEncoder):
         def read(self, patches_BPW: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def transformer(blocks: nn.Sequential, x: np.ndarray) -> np.ndarray:
 
 
 def test_encoder_and_decoder_are_the_published_ones(shifted: Any) -> None:
-    """Written out in numpy for one sample: concatenate, transform, keep the tokens of one kind, read them."""
+    """In numpy for one sample: concatenate, transform, keep latent tokens or patches, project them."""
     encoder, decoder = (shifted(net) for net in nets())
     x = data(1)
     cells = x[0, 0].numpy().reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(16, 4)
@@ -146,7 +146,7 @@ def test_encoder_and_decoder_are_the_published_ones(shifted: Any) -> None:
 
 @pytest.mark.parametrize("n", [3, 16, 21])
 def test_initial_attention_assigns_patch_runs_to_tokens(n: int) -> None:
-    """By the scores of the first attention: runs in order, all of them greater than those of the other patches."""
+    """In the first attention layer, each token scores its run of patches higher than all other patches."""
     torch.manual_seed(0)
     patchify, width = vit.Patchify(SHAPE), 128
     encoder = tokens.TokenEncoder(patchify, (DIM, n), (width,), "gelu")

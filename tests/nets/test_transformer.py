@@ -12,7 +12,7 @@ from aezoo import nets
 from aezoo.nets import lstm
 from aezoo.nets.transformer import Block
 
-# ---- the networks of steps -------------------------------------------------------------------------------------------
+# ---- sequence networks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [6, 7])
@@ -31,7 +31,7 @@ def test_sinusoids_match_paper_and_shift_rotates_them(width: int) -> None:
 
 
 def test_block_matches_torch_pre_norm_layer(shifted: Any) -> None:
-    """nn.TransformerEncoderLayer with the same weights, with keys left out and causal."""
+    """nn.TransformerEncoderLayer with the same weights, with a key padding mask and with a causal mask."""
     for causal in (False, True):
         block = shifted(Block(32, "relu", causal)).double()
         layer = nn.TransformerEncoderLayer(32, 2, 128, 0.0, batch_first=True, norm_first=True).double()

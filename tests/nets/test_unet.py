@@ -9,7 +9,7 @@ from torch import nn
 
 from aezoo.nets import unet
 
-# ---- unet: Ronneberger et al. 2015, cut at the code ------------------------------------------------------------------
+# ---- U-Net (Ronneberger et al. 2015), split at the code --------------------------------------------------------------
 
 
 def test_every_unet_stage_passes_through_the_code() -> None:
@@ -19,7 +19,7 @@ def test_every_unet_stage_passes_through_the_code() -> None:
     )
     x, z = torch.rand(2, 1, 12, 12), torch.randn(2, 3)
     code, x_hat = encoder(x), decoder(z)
-    # with what comes from below gone, a stage still has what goes past it
+    # zeroing one stage changes the output, which still depends on the input through the other stages
     for parts, stage in ((encoder, 1), (encoder, 2), (decoder, 0), (decoder, 1)):
         hook = parts.stages[stage].register_forward_hook(lambda module, inputs, output: 0 * output)
         if parts is encoder:

@@ -14,7 +14,7 @@ from aezoo.nets import vit
 
 
 def test_standardised_patches_match_mae_code() -> None:
-    """And patches with padding are standardised by the sample's own values; a single value becomes 0."""
+    """Patches with padding are standardised by the sample's own values; a single value becomes 0."""
     patchify, x = vit.Patchify((1, 8, 8), 4), torch.rand(3, 1, 8, 8, dtype=torch.float64)
     target = patchify(x)
     mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Quantisers: the nearest code, k-means, the gradients that pass, indices there and back, entropies, ranks, exports."""
+"""Quantisers: nearest codes, k-means, gradients, indices, entropies, several processes, compilers and exporters."""
 
 import copy
 import itertools
@@ -73,7 +73,7 @@ every = pytest.mark.parametrize("name", ALL)
 
 
 def built(name, rows=200):
-    """Started from data, so that codes lie where z does, and in evaluation mode."""
+    """A quantiser initialised from data, in evaluation mode."""
     quantiser = ALL[name]()
     quantiser.init_from_data(torch.randn(rows, D))
     return quantiser.eval()
@@ -226,7 +226,7 @@ def test_index_is_nearest_code(shift):
 
 
 def test_products_in_tf32_have_the_precision_of_float32():
-    """What a GPU multiplies by default: 10 bits of the mantissa."""
+    """TF32, as which a GPU may multiply float32, has 10 bits of mantissa."""
 
     def rounded(x):
         return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32).double()
@@ -288,7 +288,7 @@ def test_init_is_k_means_with_sums_and_counts(update, digits):
     assert (hits - quantiser.count_K).abs().sum() < 0.03 * len(rows) and float(quantiser.count_K.sum()) == len(rows)
     if update == "ema":
         torch.testing.assert_close(quantiser.sum_KD, codes * quantiser.count_K[:, None])
-        # so a step on the same data moves next to nothing; copying means into the sums would divide them by the counts
+        # a step on the same data then hardly moves codes; sums that were means would be divided by the counts
         quantiser.train()(rows)
         assert float((quantiser.code_KD - codes).norm() / codes.norm()) < 0.01
 
@@ -300,7 +300,7 @@ def test_init_takes_few_or_equal_rows():
         quantiser.init_from_data(given)
         assert quantiser.code_KD.isfinite().all()
         assert float(quantiser.eval()(given).terms["commitment"]) < 1e-10
-    assert quantiser.code_KD.abs().max() == 0  # of data that do not vary
+    assert quantiser.code_KD.abs().max() == 0  # for constant data
     mean, count = k_means(rows.repeat(30, 1), K)
     assert sorted(count.tolist()) == [1.0] * (K - 5) + [30.0] * 5
     mean, count = k_means(torch.tensor([0.0, 0, 0, 1, 8, 9]).repeat(2)[:, None], 2)
@@ -362,7 +362,7 @@ def test_long_unused_code_moves_to_its_rows_when_used():
     quantiser = VQ(2, 2, decay=0.5).train()
     quantiser.code_KD.copy_(torch.tensor([[0.0, 0], [9, 9]]))
     quantiser.sum_KD.copy_(quantiser.code_KD)
-    for _ in range(300):  # 2^-300 is none of float32's numbers
+    for _ in range(300):  # 2^-300 underflows float32
         quantiser(torch.zeros(4, 2))
     assert quantiser.code_KD[1].tolist() == [9, 9] and float(quantiser.count_K[1]) == 0
     quantiser(torch.full((4, 2), 8.0))
@@ -370,7 +370,7 @@ def test_long_unused_code_moves_to_its_rows_when_used():
 
 
 def test_unused_codes_do_not_drift_as_in_pythae():
-    """Counts from 0 divide what was started at a code by 1e-5: `vq_vae_utils.py` of pythae 0.1.2."""
+    """`vq_vae_utils.py` of pythae 0.1.2 starts counts at 0 and divides sums, which start at the codes, by 1e-5."""
     codes, z, decay, eps = torch.empty(64, 8).uniform_(-1 / 64, 1 / 64), torch.randn(32, 8), 0.99, 1e-5
     index = torch.cdist(z, codes).argmin(1)
     hit = F.one_hot(index, 64).float()
@@ -411,7 +411,7 @@ def test_commitment_moves_only_z_and_codebook_loss_only_codes(build):
 
 
 def test_beta_weights_commitment_gradient():
-    """On the wrong term it is the fault of taming-transformers #57, diffusers #8226, 1d-tokenizer #95 and others."""
+    """Weighting the codebook term is the bug of taming-transformers #57, diffusers #8226 and 1d-tokenizer #95."""
     quantiser, z, beta = VQ(D, K, update="gradient").train(), torch.randn(30, D, requires_grad=True), 0.25
     found = quantiser(z)
     code, index, terms = quantiser.code_KD, found.indices[:, 0], found.terms
@@ -428,7 +428,7 @@ def test_straight_through_passes_code_gradient_to_input(name):
     quantiser, z, weight = built(name).train(), torch.randn(8, D, 3, requires_grad=True), torch.randn(8, D, 3)
     z_q = quantiser(z).z_q
     (of_z,) = gradients((weight * z_q).sum(), z)
-    assert torch.equal(of_z, weight)  # once, not once a level
+    assert torch.equal(of_z, weight)  # once, not once per level
     for parameter in quantiser.parameters():
         assert gradients(z_q.sum(), parameter)[0].abs().max() == 0
 
@@ -443,11 +443,11 @@ def test_rotation_trick_keeps_angle_and_scales_by_norms():
     torch.testing.assert_close(of_z.norm(dim=1), ratio * g.norm(dim=1), rtol=1e-10, atol=0)
     angle = F.cosine_similarity(of_z, z), F.cosine_similarity(g, q)
     torch.testing.assert_close(*angle, rtol=0, atol=1e-10)
-    # the value without the exact q put in its place: the matrix itself takes z to q
+    # the Jacobian maps z to q, which the exact value that `rotation` substitutes does not show
     rebuilt = torch.stack([torch.autograd.functional.jacobian(lambda one, to=to: rotation(one, to), one) @ one
                            for one, to in zip(z.detach(), q, strict=True)])  # fmt: skip
     torch.testing.assert_close(rebuilt, q, rtol=0, atol=1e-10)
-    # and on what is orthogonal to both it is the ratio only
+    # vectors orthogonal to both are only scaled by the ratio
     other = torch.linalg.svd(torch.stack([z[0], q[0]])).Vh[-1].detach()
     (kept,) = gradients((other * rotation(z, q)[0]).sum(), z)
     torch.testing.assert_close(kept[0], ratio[0] * other, rtol=0, atol=1e-10)
@@ -525,11 +525,11 @@ def test_estimators_agree_in_evaluation():
         assert torch.equal(found.z_q, first.z_q) and torch.equal(found.indices, first.indices)
 
 
-# ---- what is the parent with one of a kind ---------------------------------------------------------------------------
+# ---- equivalent quantisers -------------------------------------------------------------------------------------------
 
 
 def trained_pair(one, other, steps=3):
-    """Both on the same data, codes and random numbers: outputs, terms, gradients and state."""
+    """Train both on the same data and random numbers: pairs of outputs, gradients and state after each step."""
     results = []
     for quantiser in (one, other):
         torch.manual_seed(5)
@@ -565,7 +565,7 @@ def test_one_level_of_residual_fsq_is_fsq():
         assert torch.equal(of[0], of_other[0])
 
 
-def test_two_levels_a_channel_are_signs_in_fsq_lfq_and_bsq():
+def test_fsq_lfq_and_bsq_with_two_levels_give_signs():
     z = torch.randn(500, D)
     fsq, lfq, bsq = FSQ((2,) * D)(z), LFQ(D)(z), BSQ(D)(z)
     assert torch.equal(lfq.z_q, z.sign()) and torch.equal(fsq.z_q, z.sign())
@@ -600,7 +600,7 @@ def test_grouped_vq_equals_separate_quantisers():
 
 
 def published_fsq(levels, z):
-    """The listing of appendix A.1, in NumPy: codes and indices."""
+    """The listing of appendix A.1 of the paper, in NumPy: codes and indices."""
     levels = np.asarray(levels)
     basis = np.concatenate(([1], np.cumprod(levels[:-1])))
     half_l = (levels - 1) * (1 - 1e-3) / 2
@@ -613,7 +613,7 @@ def published_fsq(levels, z):
 
 
 @pytest.mark.parametrize("levels", [(8, 5, 5, 5), (8, 8, 8, 6, 5), (3, 4, 7)])
-def test_fsq_is_the_published_listing(levels):
+def test_fsq_matches_the_published_listing(levels):
     z = 2 * torch.randn(2000, len(levels), dtype=torch.float64)
     codes, indices = published_fsq(levels, z.numpy())
     found = FSQ(levels).double()(z)
@@ -629,7 +629,7 @@ def test_every_fsq_code_is_reachable_and_distinct(levels):
     grids = [[-1.0, 1.0] if n == 2 else [(i - n // 2) / (n // 2) for i in range(n)] for n in levels]
     for channel, grid in zip(codes.T, grids, strict=True):
         torch.testing.assert_close(channel.unique(), torch.tensor(grid))
-    # a z for each of them, by the inverse of the bound
+    # a z for each code, by the inverse of the bound
     digit = codes * quantiser.width_D + quantiser.zero_D - quantiser.lowest_D
     z = ((digit + quantiser.offset_D) / quantiser.half_D).clamp(-0.999, 0.999).atanh() - quantiser.shift_D
     assert quantiser(z).indices[:, 0].tolist() == [*range(size)]
@@ -637,7 +637,7 @@ def test_every_fsq_code_is_reachable_and_distinct(levels):
 
 @pytest.mark.parametrize("levels", [2, 3, 8, 981, 1500, 4097])
 def test_fsq_reaches_the_outermost_values(levels):
-    """With an eps of 0.001, 4,097 values end at 4,094 of them."""
+    """With an eps of 0.001, the indices of 4,097 values would be 2 to 4,094."""
     z = torch.tensor([[-30.0], [30.0]])
     for quantiser in (FSQ((levels,)), ResidualFSQ((levels,), 2)):
         found = quantiser(z)
@@ -646,7 +646,7 @@ def test_fsq_reaches_the_outermost_values(levels):
 
 
 def test_two_level_fsq_thresholds_at_zero():
-    """A shift of atanh(.999), as in vector-quantize-pytorch #237, would cut at -3.8."""
+    """A shift of atanh(.999), as in vector-quantize-pytorch #237, would move the threshold to -3.8."""
     z = torch.tensor([-4.0, -3, -0.01, 0.01, 3, 4])
     for levels in ((2,), (2, 5)):
         found = FSQ(levels)(torch.stack([z] * len(levels), 1)).z_q[:, 0]
@@ -688,7 +688,7 @@ def test_entropy_terms_match_brute_force(kind, dim):
 
 def test_grouped_entropy_bounds_joint_entropy():
     z = torch.randn(30, 12)
-    z[:, 6:] = z[:, :6]  # what groups by themselves cannot see
+    z[:, 6:] = z[:, :6]  # a dependence between groups, which separate groups do not see
     quantiser = LFQ(12, temperature=2.0)
     assert quantiser.sizes == [6, 6]
     assert [LFQ(dim).sizes for dim in (10, 11, 18, 21)] == [[10], [6, 5], [9, 9], [7, 7, 7]]
@@ -712,7 +712,7 @@ def test_entropy_loss_is_least_for_confident_diverse_codes():
     assert value(20 * every_code) == pytest.approx(least, abs=1e-5)
     for worse in (0.2 * every_code, 20 * every_code[:16], torch.randn(32, dim)):
         assert value(worse) > least + 0.1
-    assert value(torch.zeros(4, dim)) == pytest.approx(0, abs=1e-5)  # unsure of each: both are dim log 2
+    assert value(torch.zeros(4, dim)) == pytest.approx(0, abs=1e-5)  # both entropies are dim log 2
 
 
 def test_entropy_of_certain_codes_has_finite_gradient():
@@ -737,7 +737,7 @@ def test_bsq_codes_have_unit_norm_and_ignore_length():
 # ---- SimVQ, Gumbel, random projection --------------------------------------------------------------------------------
 
 
-def test_one_sim_vq_code_moves_all_and_one_vq_code_does_not():
+def test_sim_vq_step_moves_all_codes_and_vq_step_one():
     z = torch.randn(1, D)
     for quantiser, moved in ((SimVQ(D, K), K), (VQ(D, K, update="gradient"), 1)):
         before, (parameter,) = quantiser.codebook().detach().clone(), quantiser.parameters()
@@ -752,7 +752,7 @@ def test_one_sim_vq_code_moves_all_and_one_vq_code_does_not():
     assert torch.equal(quantiser(z).indices[:, 0], index)
 
 
-def test_the_kl_of_gumbel_vq_is_from_the_uniform_distribution():
+def test_gumbel_vq_kl_is_relative_to_uniform_distribution():
     z = 2 * torch.randn(30, 7, 4)
     uniform = torch.distributions.Categorical(logits=torch.zeros(7))
     kl = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=z.movedim(1, -1)), uniform)
@@ -772,12 +772,12 @@ def test_gumbel_vq_mixes_in_training_and_argmaxes_in_eval():
     soft.train()
     mixed = soft(z.expand(n, 5))
     assert not torch.allclose(mixed.z_q, soft.codes(mixed.indices), atol=0.1)
-    soft.temperature.fill_(1e-4)  # what a callback does
+    soft.temperature.fill_(1e-4)  # callbacks set the temperature like this
     sharp = soft(z.expand(2000, 5))
     assert float(((sharp.z_q - soft.codes(sharp.indices)).norm(dim=1) < 1e-3).float().mean()) > 0.99
 
 
-def test_the_random_projection_is_frozen_and_compares_directions():
+def test_random_projection_is_frozen_and_compares_directions():
     quantiser, z = RandomProjection(D, 50, 4).train(), torch.randn(200, D, requires_grad=True)
     before = copy.deepcopy(quantiser.state_dict())
     found = quantiser(z)
@@ -802,7 +802,7 @@ def test_residual_levels_reduce_error():
         first = found.indices.clone()
         first[:, n:] = -1
         left.append((z - quantiser.codes(first)).square().sum())
-        # each level takes what is nearest to what is left
+        # each level takes the code nearest to the residual
         codebook = quantiser.levels[n - 1].codebook()
         residual = z - (quantiser.codes(torch.where(torch.arange(4) < n - 1, found.indices, -1)))
         assert torch.equal(torch.cdist(residual, codebook).argmin(1), found.indices[:, n - 1])
@@ -821,7 +821,7 @@ def test_residual_fsq_error_shrinks_by_levels(levels):
         error = ((quantiser.codes(first) - exact).abs() * quantiser.width_D).max(0).values
         bound = 0.5 / torch.tensor(levels, dtype=torch.float64) ** (n - 1)
         assert (error <= bound + 1e-12).all()
-        assert (error > 0.7 * bound).all()  # so that no level is idle
+        assert (error > 0.7 * bound).all()  # the bound is nearly attained
     assert quantiser.bits == pytest.approx(4 * FSQ(levels).bits)
 
 
@@ -832,7 +832,7 @@ def test_dropout_keeps_the_first_levels_of_a_sample(build):
     quantiser, z = build(1.0).train(), torch.randn(4000, D, 2)
     found = quantiser(z)
     kept = found.indices >= 0
-    assert torch.equal(kept[..., 0], kept[..., 1])  # the places of a sample alike
+    assert torch.equal(kept[..., 0], kept[..., 1])  # equal for all places of a sample
     depth = kept[..., 0].sum(1)
     assert torch.equal(kept[..., 0], torch.arange(4) < depth[:, None])
     shares = torch.bincount(depth, minlength=5)[1:] / 4000
@@ -855,7 +855,7 @@ def test_dropped_levels_are_not_updated():
         residual = (z - total)[kept]
         assert torch.equal(torch.cdist(residual, codebook).argmin(1), index[kept])
         hits = torch.bincount(index[kept], minlength=K).float()
-        assert torch.equal(level.count_K, hits)  # decay 0: those of this batch only
+        assert torch.equal(level.count_K, hits)  # with decay 0, of this batch only
         sums = torch.zeros(K, D).index_add(0, index[kept], residual)
         torch.testing.assert_close(level.sum_KD, sums, rtol=1e-5, atol=1e-5)
         terms = terms + (residual - codebook[index[kept]]).square().sum() / 300
@@ -906,8 +906,8 @@ def test_revived_code_resets_sum_and_count():
     assert int(quantiser.updates) == 2
     again = VQ(D, K, dead_below=50.0).train()
     again(z)
-    assert (again.count_K == 50).all()  # so that none dies at once
-    again(z)  # other rows at another update: the next ones
+    assert (again.count_K == 50).all()  # not below the threshold, so that no code is dead at once
+    again(z)  # the next update takes the rows that follow
     rows = [int((z == code).all(1).nonzero()) for code in again.code_KD]
     assert rows == [(j * 40 // K + 1) % 40 for j in range(K)]
 
@@ -929,12 +929,13 @@ def test_revived_codes_are_rows_of_all_ranks(monkeypatch):
 @pytest.mark.parametrize(
     ("n", "dead_below", "expected"),
     [
-        (4, 1.0, [14, 21, 28]),  # from 1 below N / 2K = 1/4, then from N / K in log 2 / log(1 / d), 7 whole steps
+        # 14 steps from 1 to below N / 2K = 1/4, then log 2 / log(1 / d), rounded up to 7, from N / K
+        (4, 1.0, [14, 21, 28]),
         (4, 4.0, [14, 21, 28]),
         (4, 0.2, [16, 25]),
         (8, 1.0, [7, 14, 21, 28]),
         (8, 0.3, [12, 24]),
-        # with more rows than codes dead_below is what it says
+        # with more rows than codes the threshold is dead_below
         (16, 1.0, [1, 8, 15, 22, 29]),
         (16, 3.0, [*range(1, 33)]),
     ],
@@ -948,7 +949,7 @@ def test_unused_code_moves_when_count_is_below_threshold(n, dead_below, expected
     if update == "ema":
         quantiser.sum_KD.copy_(quantiser.code_KD)
     moves = []
-    # rows at right angles, none of them twice, so that the first code is the nearest to all
+    # distinct orthogonal rows, so that the first code, 0, is the nearest to all
     for step, z in enumerate(torch.eye(dim).split(n), 1):
         before = quantiser.code_KD[1:].clone()
         assert not quantiser(z).indices.any()
@@ -975,15 +976,15 @@ RANKED = {
 
 
 def ranked(name, rank=None):
-    """A few steps, of all samples or of those of a rank: state, the last terms and the gradient of z."""
+    """A few steps on all samples or on those of a rank: state, and terms and gradients of the last step."""
     torch.manual_seed(7)
     quantiser = RANKED[name]()
     data = torch.randn(5, 24, quantiser.dim, 2) + 0.3
     rows = slice(None) if rank is None else slice(12 * rank, 12 * (rank + 1))
-    # what is not for all ranks must come from the first
+    # only the first rank has the data, so the others must receive its result
     quantiser.init_from_data(data[0] if rank in (None, 0) else torch.zeros_like(data[0]))
     quantiser.train()
-    torch.manual_seed(8 if rank is None else rank)  # each drops levels of its own
+    torch.manual_seed(8 if rank is None else rank)  # each rank drops its own levels
     for batch in data:
         z = batch[rows].clone().requires_grad_()
         found = quantiser(z)
@@ -1015,7 +1016,7 @@ def test_two_processes_match_single_process_training(tmp_path):
         for term, value in one["terms"].items():
             mean = (first["terms"][term] + second["terms"][term]) / 2
             torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-5, msg=f"{name} {term}")
-        # the mean over ranks of the loss is what is minimised
+        # DDP minimises the mean of the loss over ranks
         joined = torch.cat([first["gradient"][0], second["gradient"][0]]) / 2
         torch.testing.assert_close(joined, one["gradient"][0], rtol=1e-4, atol=1e-6, msg=name)
         for a, b, value in zip(first["gradient"][1:], second["gradient"][1:], one["gradient"][1:], strict=True):
@@ -1060,7 +1061,7 @@ def require_compiled_alike(name, backend):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports what torch itself has deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor imports modules that torch has deprecated
 @pytest.mark.parametrize("name", ["vq", "fsq"])
 def test_inductor_matches_eager(name):
     require_compiled_alike(name, "inductor")
@@ -1083,7 +1084,7 @@ class FromIndices(ToIndices):
 EXPORTED = ("vq", "fsq", "lfq", "residual_vq")
 
 
-@pytest.mark.slow  # those of EXPORTED are exported below
+@pytest.mark.slow  # EXPORTED ones are tested by the ONNX export below
 @pytest.mark.parametrize("name", [name for name in ALL if name not in EXPORTED])
 def test_exported_program_matches_for_any_batch(name):
     quantiser, z = built(name), torch.randn(5, D, 2, 3)
@@ -1094,7 +1095,7 @@ def test_exported_program_matches_for_any_batch(name):
             assert torch.equal(program(part), module(part))
 
 
-@pytest.mark.slow  # the contract of models exports and compiles them too
+@pytest.mark.slow  # check_model exports and compiles them too
 @pytest.mark.parametrize("name", EXPORTED)
 def test_onnx_model_matches_for_any_batch(name):
     import onnxruntime
@@ -1111,24 +1112,24 @@ def test_onnx_model_matches_for_any_batch(name):
             torch.testing.assert_close(found, module(part))
 
 
-# ---- beside vector-quantize-pytorch ----------------------------------------------------------------------------------
+# ---- against vector-quantize-pytorch ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levels", [(5, 5, 7), (3, 9, 5, 7)])
 def test_residual_fsq_of_odd_levels_matches_peer(levels):
     L = torch.tensor(levels, dtype=torch.float64)
     value = 0.998 * (2 * torch.rand(2000, len(levels), dtype=torch.float64) - 1)
-    # each bounds z in a way of its own, by a tanh that reaches 1 - 1e-3 or the edge of the outer cells
+    # ours bounds z by a tanh that reaches 1 - 1e-3, the peer's by one that reaches the edge of the outer cells
     edge = L / (L - 1)
     theirs = peer.ResidualFSQ(levels=[*levels], num_quantizers=3).double().eval()
     z_q, indices = theirs((edge * (value / edge).atanh())[None])
     found = ResidualFSQ(levels, 3).double()((value / (1 - 1e-3)).atanh())
     assert torch.equal(found.indices, indices[0].long())
-    torch.testing.assert_close(found.z_q, z_q[0], rtol=0, atol=1e-6)  # whose scales are of float32
+    torch.testing.assert_close(found.z_q, z_q[0], rtol=0, atol=1e-6)  # the peer's scales are float32
 
 
 def test_residual_fsq_levels_match_peer():
-    """Of even channels the peer's first level has other values than the paper's, so that both get what ours leaves."""
+    """For even levels the peer's first level differs from the paper's, so both continue from the residual of ours."""
     levels, z = (8, 5, 2, 6), torch.randn(2000, 4, dtype=torch.float64)
     L = torch.tensor(levels, dtype=torch.float64)
     quantiser = ResidualFSQ(levels, 4).double()
@@ -1160,7 +1161,7 @@ def test_grouped_vq_matches_peer_codes(cosine):
     torch.testing.assert_close(found.z_q, z_q[0])
 
 
-# ---- how much of a codebook is used ----------------------------------------------------------------------------------
+# ---- usage of codebooks ----------------------------------------------------------------------------------------------
 
 
 def test_usage_and_perplexity_cover_all_batches():
@@ -1182,7 +1183,7 @@ def test_usage_and_perplexity_cover_all_batches():
     found = {key: float(value) for key, value in perplexity.compute().items()}
     of_books = {"perplexity": (expected + other) / 2, "perplexity_0": expected, "perplexity_1": other}
     assert found == pytest.approx(of_books, rel=1e-5)
-    # the mean over batches, which bshall's issue 3 is about, is another figure
+    # the mean over batches of their perplexity would be lower
     means = [math.exp(-sum(p * math.log(p) for p in np.bincount(part.numpy()) / len(part) if p))
              for part in indices[:, 0, 0].split(7)]  # fmt: skip
     assert np.mean(means) < 0.9 * expected

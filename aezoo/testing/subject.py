@@ -77,7 +77,7 @@ class Subject:
         return make(input_shape=self.shape if shape is None else shape, **{**self.hyperparameters, **more})
 
     def data(self, n: int = BATCH, shape: tuple[int, ...] | None = None, seed: int = 0) -> Tensor:
-        """Samples in [0, 1] with structure, a bright spot at a random place in each channel, (n, *shape)."""
+        """Samples in [0, 1] with structure, a bright spot at a random position in each channel, (n, *shape)."""
         shape = self.shape if shape is None else shape
         channels, grid = (1, shape) if len(shape) == 1 else (shape[0], shape[1:])
         generator = torch.Generator().manual_seed(seed)

@@ -348,7 +348,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(name: str) -> str:
-    """A message of one line about a model that does not fit into memory, with advice."""
+    """A one-line message about a model that does not fit into memory, with advice."""
     return f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims"
 
 

@@ -255,4 +255,4 @@ def _unit(rows: Tensor) -> Tensor:
 
 def _check_size(metric: Metric, batch: Tensor, size: int) -> None:
     if batch.shape[1] != size:
-        raise AezooError(f"{type(metric).__name__} was made for {size} numbers a row, got {batch.shape[1]}")
+        raise AezooError(f"{type(metric).__name__} was made for {size} numbers per row, got {batch.shape[1]}")

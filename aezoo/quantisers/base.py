@@ -77,7 +77,7 @@ class Quantiser(nn.Module):
         code_dim = dim if code_dim is None else code_dim
         if min(dim, code_dim, *codebook_sizes, len(codebook_sizes)) < 1:
             raise AezooError(
-                f"{type(self).__name__} needs at least one channel and one code a codebook, got dim {dim}, code_dim "
+                f"{type(self).__name__} needs at least one channel and one code per codebook, got dim {dim}, code_dim "
                 f"{code_dim} and codebooks of {codebook_sizes}: give whole numbers above 0"
             )
         self.dim, self.code_dim, self.codebook_sizes = dim, code_dim, codebook_sizes

@@ -174,7 +174,7 @@ class _Tiled(nn.Module):
         axes = range(len(self.strides))
         self.overlaps = [max(1, int(n * blend)) if blend else 0 for n in self.blocks]
         if blend and min(self.blocks) < 2:
-            raise AezooError(f"tiles that overlap need at least {2 * max(self.strides)} points a side, got {tile}")
+            raise AezooError(f"tiles that overlap need at least {2 * max(self.strides)} points per side, got {tile}")
         self.margins = [0 if blend else self._margin(axis) for axis in axes]
 
     def forward(self, x: Tensor) -> Tensor:

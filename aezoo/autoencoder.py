@@ -1,4 +1,4 @@
-"""The contract of every model."""
+"""The base class of all models, which defines their interface."""
 
 import math
 from collections.abc import Mapping

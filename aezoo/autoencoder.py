@@ -115,7 +115,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         """See the attributes above."""
         return input_checks.code_shape(self)
 
-    # ---- the contract -----------------------------------------------------------------------------------------------
+    # ---- the interface ----------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor) -> Tensor:
         """The deterministic code, (B, *input_shape) -> (B, *code_shape); the mean of a posterior."""

@@ -170,7 +170,7 @@ def require_shape(what: str, value: Any, shape: tuple[int, ...]) -> None:
 
 
 def require_terms(what: str, terms: dict[str, Tensor]) -> None:
-    """A loss as the contract defines it: finite scalars by name; the model has checked that "loss" is one of them."""
+    """A loss as the base class defines it: finite scalars by name; the model has checked that "loss" is one of them."""
     for name, value in terms.items():
         require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None, f"{what} has a term {name!r}: use snake_case")
         require(name not in _RESERVED_TERMS, f"{what} has a term {name!r}, which every evaluation reports by itself")

@@ -1,4 +1,4 @@
-"""`compress` for pictures that are not of the model's size: each is a piece of the file, with its size.
+"""`compress` for pictures that are not of the model's size: each is a frame of the file, with its size.
 
 Each picture is coded separately by the model for its size; tables are fitted to all pictures. A code without indices is
 a map; each channel has a step and a histogram for all positions of all pictures; see `lossy.py`. A channel's

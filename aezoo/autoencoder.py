@@ -1,4 +1,4 @@
-"""The contract of every model."""
+"""The base class of all models, which defines their interface."""
 
 import math
 from collections.abc import Mapping
@@ -115,7 +115,7 @@ class Autoencoder(ConstructorHyperparameters, HubMethods, TrainingModule):
         """See the attributes above."""
         return input_checks.code_shape(self)
 
-    # ---- the contract -----------------------------------------------------------------------------------------------
+    # ---- the interface ----------------------------------------------------------------------------------------------
 
     def encode(self, x: Tensor) -> Tensor:
         """The deterministic code, (B, *input_shape) -> (B, *code_shape); the mean of a posterior."""

@@ -1,4 +1,4 @@
-"""The one error that a user can cause and mend, and how messages name optional packages."""
+"""The error that users see for problems that they can fix, and how messages name optional packages."""
 
 
 class AezooError(ValueError):

@@ -200,7 +200,7 @@ def find_tag(text: str) -> tags.Tag | None:
 def suggest_tags(text: str) -> str:
     """The tags most similar to a text, as a question for an error message; empty if none is similar.
 
-    Of a registered model, all of its tags are near.
+    For a registered model, all of its tags are suggested.
     """
     name, dot, _ = text.partition(".")
     near = difflib.get_close_matches(f"{resolve(name) or name}{text[len(name) :]}", tags.all_tags(), n=2, cutoff=0.7)
@@ -348,7 +348,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(name: str) -> str:
-    """A message of one line about a model that does not fit into memory, with advice."""
+    """A one-line message about a model that does not fit into memory, with advice."""
     return f"{name} of this size does not fit in memory: lower latent_dim or hidden_dims"
 
 

@@ -45,8 +45,8 @@ class Promise:
 
 PROMISES = (
     Promise("Loading weights never runs code", ("tests/security/test_safe_checkpoints.py",)),
-    Promise("A configuration from a stranger cannot run code", ("tests/security/test_safe_configs.py",)),
-    Promise("A checkpoint cannot choose code", ("tests/security/test_safe_checkpoints.py",)),
+    Promise("An untrusted configuration cannot run code", ("tests/security/test_safe_configs.py",)),
+    Promise("A checkpoint cannot select code that is imported or called", ("tests/security/test_safe_checkpoints.py",)),
     Promise(
         "A crash during a save never loses the previous checkpoint; a killed run resumes bit for bit",
         ("tests/io/test_resume.py",),
@@ -126,7 +126,7 @@ PROMISES = (
         "{models} models compiled",
         "inductor",
     ),
-    Promise("Results do not change unnoticed", ("tests/test_models.py",)),
+    Promise("Golden values detect any change of results", ("tests/test_models.py",)),
 )
 
 

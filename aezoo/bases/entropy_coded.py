@@ -11,7 +11,7 @@ given means and scales, or `Mixtures` of Gaussians. A model's `code_latents` def
 distribution and in which order, for any coder: `AdditiveNoise`, `Rounding`, or `SymbolReader`, whose integers are from
 a file or a random generator. So encoder and decoder compute the same distributions by the same operations.
 
-Shapes: B batch, C channels; ... are the places of a map, none for a vector.
+Shapes: B batch, C channels; ... are the positions of a map, none for a vector.
 """
 
 import math
@@ -307,7 +307,7 @@ class Rounding(Coder):
     """v^ = m + round(v - m), for evaluation.
 
     Attributes:
-        symbols: the integers of each call, (B, C x places).
+        symbols: the integers of each call, (B, C x positions).
     """
 
     def __init__(self) -> None:
@@ -367,9 +367,9 @@ class EntropyCoded(Autoencoder, has_prior=True, score_term="rate"):
     def build_nets(self, net: str, latent_dim: int, hidden_dims: tuple[int, ...], activation: str, lam: float) -> None:
         """Set encoder, decoder, code_shape and weight: a map of `latent_dim` channels, or a vector without a map.
 
-        `lam` weights the mean squared error of values from 0 to 255 relative to bits per place: summed over the places
-        of a sample and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels, and ||x - x^||^2 is the nll
-        of the likelihood gaussian up to a constant.
+        `lam` weights the mean squared error of values from 0 to 255 relative to bits per position: summed over the
+        positions of a sample and in nats, L = rate + lam 255^2 log 2 / C ||x - x^||^2 for C channels; ||x - x^||^2 is
+        the nll of the likelihood gaussian up to a constant.
 
         Raises:
             AezooError: a value is invalid, or the network does not support the shapes.

@@ -125,7 +125,7 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
         return self.anomaly_map(x).amax((1, 2))
 
     def enlarged(self, values: Tensor, align_corners: bool = False) -> Tensor:
-        """Interpolate values of places to pixels, bilinearly: (B, H', W') -> (B, H, W)."""
+        """Interpolate values of positions to pixels, bilinearly: (B, H', W') -> (B, H, W)."""
         return F.interpolate(values[:, None], self.input_shape[1:], mode="bilinear", align_corners=align_corners)[:, 0]
 
 

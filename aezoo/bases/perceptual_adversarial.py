@@ -37,7 +37,7 @@ class PerceptualAdversarial(Autoencoder):
             channels, else random.
         perceptual_weight: w_P.
         discriminator_weight: w_D.
-        discriminator_start: optimiser steps before the discriminator counts.
+        discriminator_start: optimiser steps before the adversarial loss is used.
         discriminator_dims: channels of the discriminator's stages, each of stride 2. Empty: hidden_dims, or 64.
         discriminator_lr: learning rate of the discriminator. All betas are 0.5 and 0.9 unless optimizer sets them.
 

@@ -1,6 +1,6 @@
 """Autoencoders with discrete codes: a quantiser between encoder and decoder.
 
-Shapes: B batch, D channels before quantisation, C channels of a code, Q indices per place.
+Shapes: B batch, D channels before quantisation, C channels of a code, Q indices per position.
 """
 
 from typing import Any, Unpack
@@ -17,7 +17,7 @@ from aezoo.quantisers.base import Quantised, Quantiser, quantisers_in_eval_mode
 class DiscreteAutoencoder(Autoencoder, discrete_code=True):
     """An autoencoder with a `quantiser`; a subclass sets it, calls `build_nets` and defines its loss.
 
-    The code of a sample is (C, *places), and is equivalent to indices (Q, *places).
+    The code of a sample is (C, *positions), and is equivalent to indices (Q, *positions).
 
     Attributes:
         quantiser: maps the encoder's output to codes.
@@ -35,7 +35,7 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
             dims: D and C.
             hidden_dims: hidden_dims of the encoder; the decoder mirrors them.
             activation: an activation's name.
-            places: number of places, for a network without a grid (mlp, lstm, transformer).
+            places: number of positions, for a network without a grid (mlp, lstm, transformer).
 
         Raises:
             AezooError: the network does not support the shapes.
@@ -43,7 +43,7 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
         if min(dims) < 1 or places < 1:
             raise AezooError(f"latent_dim and places must be at least 1, got {min(dims)} and {places}")
         mirrored = hidden_dims[::-1]
-        if net in nets.WITHOUT_GRID:  # the vector is split into places
+        if net in nets.WITHOUT_GRID:  # the vector is split into positions
             (d, c) = dims
             self.code_shape = (dims[1], places)
             encoder = nets.encoder(net, self.input_shape, (d * places,), hidden_dims, activation)
@@ -59,12 +59,12 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
 
     @property
     def index_shape(self) -> tuple[int, ...]:
-        """Return the shape of a sample's indices, (Q, *places)."""
+        """Return the shape of a sample's indices, (Q, *positions)."""
         return (len(self.quantiser.codebook_sizes), *self.code_shape[1:])
 
     @property
     def index_sizes(self) -> tuple[int, ...]:
-        """Return K for each of the Q indices of a place; indices are from 0 to K - 1."""
+        """Return K for each of the Q indices of a position; indices are from 0 to K - 1."""
         return self.quantiser.codebook_sizes
 
     def quantise(self, x: Tensor) -> Quantised:
@@ -90,7 +90,7 @@ class DiscreteAutoencoder(Autoencoder, discrete_code=True):
         return self.decode(self.codes(indices))
 
     def codebooks(self, indices: Tensor) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-        """Return indices by codebook: for each name, indices (B, Q, *places) and K of each of the Q."""
+        """Return indices by codebook: for each name, indices (B, Q, *positions) and K of each of the Q."""
         return {"": (indices, self.index_sizes)}
 
     def init_from_data(self, x: Tensor) -> None:
@@ -117,8 +117,8 @@ class CodeMapAutoencoder(
 
     Args:
         input_shape: shape of one sample; any for net mlp, (C, L), (C, H, W) or (C, D, H, W) for the others.
-        places: number of codes per sample with net mlp, lstm and transformer; other nets have a code at each place of
-            the grid.
+        places: number of codes per sample with net mlp, lstm and transformer; other nets have a code at each
+            position of the grid.
         net: resnet, conv, convnext, conv_keras, unet, gdn, dc, ldm, vit, mixer, mlp, lstm or transformer.
         **kwargs: see `NetworkAutoencoder`.
     """

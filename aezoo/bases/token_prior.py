@@ -2,7 +2,7 @@
 
     p(k) = prod_t p(k_t | k_1 .. k_{t-1})        L = -log p(k),  k the indices of x
 
-in nats per sample, summed over the T indices: place by place in raster order, and at each place its Q indices in order.
+in nats per sample, summed over the T indices: positions in raster order, and the Q indices of each position in order.
 The quantised model, the `tokenizer`, is trained first and then frozen (van den Oord et al. 2017, section 3.3,
 https://arxiv.org/abs/1711.00937). An untrained tokenizer is trained together with its prior, and their losses are
 added. No gradient passes through indices, so the tokenizer's weights are the same as in training without a prior.
@@ -10,7 +10,7 @@ added. No gradient passes through indices, so the tokenizer's weights are the sa
 The score is -log p(x, k) = -log p(x | g(k)) - log p(k), the length of a message with the indices and then x. It is at
 least -log p(x), which sums over all indices.
 
-Shapes: B batch, T indices of a sample, Q indices of a place, P places, K codes of the largest codebook.
+Shapes: B batch, T indices of a sample, Q indices of a position, P positions, K codes of the largest codebook.
 """
 
 import json
@@ -103,7 +103,7 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
         if self.n_codes > _MAX_CODES:
             raise AezooError(
                 f"a prior gives each code a logit, and the tokenizer has codebooks of {self.n_codes:,}, above "
-                f"{_MAX_CODES:,}: use one with smaller codebooks and more indices a place, such as rq_vae"
+                f"{_MAX_CODES:,}: use one with smaller codebooks and more indices per position, such as rq_vae"
             )
         self.register_buffer("unused_QK", torch.arange(self.n_codes) >= torch.tensor(sizes)[:, None], persistent=False)
 
@@ -187,8 +187,8 @@ class IndexPrior(DiscreteAutoencoder, has_prior=True, score_term="nll of the ind
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")
         elif not self._has_weights and self.trainer.is_global_zero:
             print(
-                f"aezoo: the tokenizer {name} is not trained and learns beside its prior; for one that has had a fit "
-                f"of its own give --model.tokenizer RUN, as in runs/{name}-mnist5k/0",
+                f"aezoo: the tokenizer {name} has random weights and is trained together with its prior; to use a "
+                f"trained one, give --model.tokenizer RUN, as in runs/{name}-mnist5k/0",
                 file=sys.stderr,
             )
 

@@ -58,7 +58,8 @@ class CodebookAutoencoder(DiscreteAutoencoder):
         latent_dim: number of channels of a code.
         codebook_size: K, number of codes of each codebook.
         decay: decay rate of the codes' moving averages.
-        dead_below: mean rows per batch below which a code moves to a row; at most rows / 2K where rows <= K; 0: never.
+        dead_below: a code with fewer assigned rows per batch, on average, is set to a row of the batch; at most
+            rows / 2K if rows <= K; 0 disables this.
         data_init: initialise the codes by k-means on the first training batch.
     """
 

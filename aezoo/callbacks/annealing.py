@@ -16,10 +16,11 @@ from aezoo.training.model_names import display_name
 class BetaAnnealing(Checked, pl.Callback):
     """Increases the weight of the KL term, or its target capacity, over the first `n_steps` optimiser steps.
 
-    linear: beta increases from 0 to the model's own beta (Bowman et al. 2016, https://arxiv.org/abs/1511.06349).
-        cyclical: the same, repeated `cycles` times; beta increases during the fraction `ratio` of each cycle and is
-        constant for the rest (Fu et al. 2019, https://arxiv.org/abs/1903.10145). capacity: C increases from 0 to
-        `max_capacity` nats in the loss nll + beta |kl - C| (Burgess et al. 2018, https://arxiv.org/abs/1804.03599).
+    - linear: beta increases from 0 to the model's own beta (Bowman et al. 2016, https://arxiv.org/abs/1511.06349).
+    - cyclical: the same, repeated `cycles` times; beta increases during the fraction `ratio` of each cycle and is
+      constant for the rest (Fu et al. 2019, https://arxiv.org/abs/1903.10145).
+    - capacity: C increases from 0 to `max_capacity` nats in the loss nll + beta |kl - C| (Burgess et al. 2018,
+      https://arxiv.org/abs/1804.03599).
 
     The value depends only on the step, so a resumed run continues exactly. Validation, test and the trained model use
     the final value. val/loss is therefore comparable between epochs, and the best checkpoint is selected by the final

@@ -155,7 +155,7 @@ class FaultGuard(Checked, pl.Callback):
             return
         self._stepped = True
         gradients: list[Any] = [parameter.grad for parameter in parameters]
-        # losses differ between ranks, but all ranks must decide alike
+        # losses differ between ranks, but all ranks must make the same decision
         if trainer.world_size > 1 and self._scaler is None:
             losses = []
         if self._device is not None:

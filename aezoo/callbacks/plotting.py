@@ -432,7 +432,7 @@ def histogram_figure(counts: Floats, edges: Floats, title: str = "") -> "Figure"
 
 
 def index_grid(index: Tensor) -> Tensor:
-    """Arrange indices (B, *places) as (B, H, W): a sequence as a row, a volume as its middle slice."""
+    """Arrange indices (B, *positions) as (B, H, W): a sequence as a row, a volume as its middle slice."""
     if index.ndim == 4:
         index = index[:, index.shape[1] // 2]
     return index.reshape(len(index), *((1,) * (3 - index.ndim)), *index.shape[1:])
@@ -453,7 +453,7 @@ def index_colours(index: Tensor) -> Floats:
 
 
 def index_tiles(index: Tensor, size: tuple[int, int]) -> Floats:
-    """Convert indices (B, *places) to RGB tiles (B, *size, 3)."""
+    """Convert indices (B, *positions) to RGB tiles (B, *size, 3)."""
     return enlarged(index_colours(index_grid(index)), size)
 
 

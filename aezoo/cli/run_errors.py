@@ -60,7 +60,7 @@ def system_errors_in_one_line(command: str) -> Iterator[None]:
     """Turn errors of disks and ports, also in the logger's thread, into one line.
 
     Raises:
-        AezooError: names the file or the port, and a cure.
+        AezooError: names the file or the port, and says how to fix it.
     """
     report_thread = threading.excepthook
 

@@ -110,7 +110,7 @@ def reason(error: BaseException) -> str:
 
 
 def cure(why: str) -> str:
-    """The cure for a failure of a database server, by its message."""
+    """How to fix a failure of a database server, by its message."""
     if "authentication failed" in why or "no password supplied" in why:
         return "check user and password, which PGPASSWORD or ~/.pgpass may contain"
     if re.search(r'database ".*" does not exist', why):

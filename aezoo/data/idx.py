@@ -145,7 +145,7 @@ class Idx(InMemory):
 
 
 def read_idx(path: Path, title: str = "", max_bytes: int = 2**33) -> Tensor:
-    """The array in an idx file; an error names a truncated, broken, oversized or wrong file and the cure."""
+    """The array in an idx file; an error names a truncated, broken, oversized or wrong file and says how to fix it."""
     again = "delete it and download it again"
     if path.exists() and not path.is_file():
         raise AezooError(f"{path} is a pipe, a device or a folder: {again}")

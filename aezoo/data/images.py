@@ -148,7 +148,7 @@ def _open(path: Path | EncodedImage) -> Image.Image:
 
 @contextmanager
 def open_picture(path: Path | EncodedImage, max_pixels: int) -> Iterator[Image.Image]:
-    """A picture file, decoded, after the EXIF rotation; an error names the file and the cure."""
+    """A picture file, decoded, after the EXIF rotation; an error names the file and says how to fix it."""
     try:
         with _open(path) as image:
             check_pixels(path, image.size, max_pixels)
@@ -163,7 +163,7 @@ def open_picture(path: Path | EncodedImage, max_pixels: int) -> Iterator[Image.I
 
 
 def read_image(path: Path | EncodedImage, size: int | None, channels: int, max_pixels: int) -> Tensor:
-    """A picture file as a tensor; an error names the file and the cure."""
+    """A picture file as a tensor; an error names the file and says how to fix it."""
     with open_picture(path, max_pixels) as image:
         return to_tensor(image, size, channels)
 

@@ -234,7 +234,7 @@ def even_batch_size(n: int, world: int, batch_size: int) -> int:
 
 
 def rank_batches(n: int, world: int, batch_size: int, shuffle: bool, by_batch: bool) -> tuple[int, int]:
-    """The batch size, and how many consecutive rows a rank gets at a time.
+    """The batch size, and how many consecutive rows each rank gets at a time.
 
     Args:
         n: number of samples.

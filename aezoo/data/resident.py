@@ -1,4 +1,4 @@
-"""Splits in memory: a split is one tensor, in memory or on the GPU, and a batch is one gather.
+"""Splits in memory: a split is one tensor, in memory or on the GPU, and a batch is one indexing operation.
 
 A split is loaded into memory if it takes at most a quarter of the free memory, which the processes of the machine
 share. Data that are always in memory, such as arrays, are moved to the GPU by the same rule. Samples keep their dtype,

@@ -44,7 +44,7 @@ class SamplePhotos(InMemory):
         self.size = options.size or _SIZE
         if self.size > _MAX_SIZE:
             raise AezooError(
-                f"sample_photos has crops of at most {_MAX_SIZE} pixels a side, got --data.size {self.size}"
+                f"sample_photos has crops of at most {_MAX_SIZE} pixels per side, got --data.size {self.size}"
             )
         if find_spec("skimage") is None:
             raise AezooError(f"the data sample_photos needs the photographs of scikit-image: {install_hint('images')}")

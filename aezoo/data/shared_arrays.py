@@ -31,7 +31,7 @@ def share(tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
     """Store these tensors once per machine; all processes of the run call this.
 
     A process keeps its own tensor if the first process of its machine has none with this name and content. If memory
-    cannot be shared at all, all keep their own tensors, and a message of one line says so.
+    cannot be shared at all, all keep their own tensors, and a one-line message says so.
 
     Args:
         tensors: on the CPU, by name; their memory is replaced, with the same values.

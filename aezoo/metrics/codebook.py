@@ -1,7 +1,7 @@
 """How much of a codebook is in use, over all batches and all ranks.
 
-    CodebookUsage        share of codes that something chose
-    CodebookPerplexity   exp(H(p)), p the shares of choices: from 1, always the same code, to K, all equally often
+    CodebookUsage        share of codes that were chosen at least once
+    CodebookPerplexity   exp(H(p)), p the codes' relative frequencies: from 1 (only one code) to K (all equally often)
 
 Both count choices, so the result does not depend on how samples are split into batches. A mean of the batches'
 perplexities does, and it is bounded by the batch size.
@@ -26,7 +26,7 @@ class _Counts(Metric):
     """Counts how often each code of each codebook was chosen, with all codebooks in one row.
 
     Args:
-        codebook_sizes: K of each of the Q indices of a place.
+        codebook_sizes: K of each of the Q indices of a position.
     """
 
     name: str
@@ -46,7 +46,7 @@ class _Counts(Metric):
         self.add_state("counts", torch.zeros(sum(codebook_sizes), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, indices: Tensor) -> None:
-        """Add indices, (B, Q, *places) long; -1 is ignored."""
+        """Add indices, (B, Q, *positions) long; -1 is ignored."""
         if indices.ndim < 2 or indices.shape[1] != len(self.codebook_sizes):
             raise AezooError(
                 f"{type(self).__name__} takes indices (B, {len(self.codebook_sizes)}, ...), got {tuple(indices.shape)}"
@@ -82,7 +82,7 @@ class CodebookUsage(_Counts):
 class CodebookPerplexity(_Counts):
     """The exponential of the entropy of choices, `perplexity`; with several codebooks also `perplexity_0`, ...
 
-    A codebook from which nothing was chosen counts as 1.
+    The perplexity of a codebook of which no code was chosen is 1.
     """
 
     name = "perplexity"
@@ -97,7 +97,7 @@ def codebook_metrics(codebook_sizes: tuple[int, ...], postfix: str = "") -> Metr
     """Usage and perplexity of the same indices, with names that end in `postfix`; none if codebooks are too large.
 
     Args:
-        codebook_sizes: K of each of the Q indices of a place.
+        codebook_sizes: K of each of the Q indices of a position.
         postfix: distinguishes the names from those of other codebooks.
     """
     metrics: list[Metric | MetricCollection] = []

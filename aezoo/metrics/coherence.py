@@ -1,11 +1,11 @@
-"""Coherence of samples that have parts (Shi et al. 2019, https://arxiv.org/abs/1911.03393): one class in all of them.
+"""Coherence of samples with parts (Shi et al. 2019, https://arxiv.org/abs/1911.03393): do all have the same class?
 
-    CrossCoherence   share of samples whose part i, made from other parts, is of the sample's class, for each i
-    JointCoherence   share of samples, drawn from a prior, whose parts are all of one class, whichever it is
+    CrossCoherence   for each i, share of samples whose part i, generated from other parts, is of the sample's class
+    JointCoherence   share of samples, drawn from a prior, whose parts are all of the same class
 
-Both take the logits of classifiers that were trained on real parts. These make errors: their accuracy on real parts is
-what a perfect model would get. JointCoherence is also 1 if all samples are of one class, so it does not measure their
-variety.
+Both take the logits of classifiers that were trained on real parts. Classifiers make errors, so a perfect model
+reaches only their accuracy on real parts. JointCoherence is also 1 if all samples are of one class, so it does not
+measure their variety.
 
 Shapes: B batch, M parts, K classes.
 """
@@ -49,7 +49,7 @@ class _Fractions(Metric):
 
 
 class CrossCoherence(_Fractions):
-    """Share of samples whose parts, each made from other parts, are of the sample's class: (M,).
+    """Share of samples whose parts, each generated from other parts, are of the sample's class: (M,).
 
     Args:
         n_parts: M.

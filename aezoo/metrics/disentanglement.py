@@ -3,13 +3,13 @@
 Each metric collects codes and factor values as integers (`Shapes.factors`) and computes its score from all of them:
 
     MIG          Chen et al. 2018, https://arxiv.org/abs/1802.04942
-                 mean over factors of (I(z_1; v) - I(z_2; v)) / H(v), z_1 and z_2 those with most information on v
+                 mean over factors of (I(z_1; v) - I(z_2; v)) / H(v), z_1 and z_2 the dimensions with the largest I
     SAP          Kumar et al. 2018, https://arxiv.org/abs/1711.00848
                  mean over factors of the gap between the two dimensions that predict v best
     DCI          Eastwood and Williams 2018, https://openreview.net/forum?id=By-7dz-AZ
                  from R (dimensions x factors), the importances of dimensions for predicting each factor
     Modularity   Ridgeway and Mozer 2018, https://arxiv.org/abs/1802.05312
-                 mean over dimensions of 1 - sum_k!=1 I(z; v_k)^2 / ((F - 1) I(z; v_1)^2), v_1 that with the largest I
+                 mean over dimensions of 1 - sum_k!=1 I(z; v_k)^2 / ((F - 1) I(z; v_1)^2), v_1 the one with largest I
 
 For I, codes are binned into 20 equal parts of their range, as in disentanglement_lib; docstrings of metrics say if they
 differ from it. A dimension that never changes is always left out and has no effect; codes without any other dimension

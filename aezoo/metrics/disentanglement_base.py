@@ -46,7 +46,7 @@ class FactorMetric(Metric):
         """Add a batch: the codes, and the factor values as integers."""
         codes, factors = check_codes(codes, "codes").flatten(1), torch.as_tensor(factors).detach()
         if factors.ndim != 2 or len(factors) != len(codes):
-            raise AezooError(f"factors must have shape ({len(codes)}, F) beside {len(codes)} codes, "
+            raise AezooError(f"factors must have shape ({len(codes)}, F) for {len(codes)} codes, "
                              f"got {tuple(factors.shape)}")  # fmt: skip
         if factors.is_floating_point() and not bool((factors == factors.round()).all()):
             raise AezooError("factors must be whole numbers, the number of each value: bin a continuous factor first")

@@ -3,9 +3,9 @@
     FactorVAEScore   Kim and Mnih 2018, https://arxiv.org/abs/1802.05983
                      how often the dimension that varies least identifies the factor that was fixed
     IRS              Suter et al. 2019, https://arxiv.org/abs/1811.00007
-                     mean over dimensions of 1 - its farthest deviation while its factor is held / its farthest at all
+                     mean over dimensions of 1 - largest deviation while its factor is fixed / largest deviation overall
     UDR              Duan et al. 2020, https://arxiv.org/abs/1905.12614
-                     median over other models of how far each dimension has one counterpart there
+                     median over other models of how well each dimension corresponds to a single one of theirs
 
 The papers generate samples with a factor fixed. Here, these are the collected samples that share its value. The result
 is the same if factors are sampled independently, as those of `shapes` are. A constant dimension is left out.
@@ -40,12 +40,12 @@ class FactorVAEScore(FactorMetric):
     """Accuracy of a majority vote, from about 1 / F, for uninformative codes, to 1.
 
     A vote draws a factor and a sample at random. Among the samples with the same value of the factor, it finds the
-    dimension that varies least, relative to its own variance. Each dimension is assigned to the factor that it was most
-    often voted for, and separate votes evaluate it.
+    dimension that varies least, relative to its own variance. Each dimension is assigned to the factor for which
+    it was found most often, and separate votes evaluate this assignment.
 
     Args:
         votes: number of votes for the assignment; half as many evaluate it.
-        batch_size: maximal number of samples per vote.
+        batch_size: maximum number of samples per vote.
         seed: determines the votes.
     """
 
@@ -78,11 +78,11 @@ class FactorVAEScore(FactorMetric):
 
 
 class IRS(FactorMetric):
-    """Interventional robustness, from 0 to 1: how little a dimension moves while the factor that moves it most is held.
+    """Interventional robustness, 0 to 1: how little a dimension changes while the factor that affects it most is fixed.
 
     A deviation is the distance from the mean, either of all samples or of those with the same value of the factor,
     averaged over values. Dimensions are averaged with their deviation as weight, as in the authors' code, so the score
-    does not change if all dimensions are rescaled together, but does if only one is. The largest deviation is a
+    does not change if all dimensions are scaled by the same factor, but does if only one is. The largest deviation is a
     quantile for all samples too; the authors' code uses the maximum there, which gives independent codes a score of 0.
 
     Args:

@@ -1,4 +1,4 @@
-"""The figures of validation and test: exact means of the loss terms, and reconstruction quality by torchmetrics."""
+"""The metrics of validation and test: exact means of the loss terms, and reconstruction quality by torchmetrics."""
 
 import math
 from typing import Any
@@ -130,7 +130,7 @@ class Evaluation:
             x: the batch's samples.
             x_hat: their reconstructions.
             code: their codes, if these are sparse.
-            codebooks: their indices, (B, Q, *places), and the sizes of Q codebooks, under a name or "".
+            codebooks: their indices, (B, Q, *positions), and the sizes of Q codebooks, under a name or "".
         """
         for name, (indices, sizes) in (codebooks or {}).items():
             if name not in self._codebook_metrics:

@@ -61,7 +61,7 @@ def per_region_overlap(maps: Maps, masks: Masks, fpr_limit: float = FPR_LIMIT) -
 
 
 def _at(limit: float, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    """The curve at a limit, which it may cross as a vertical line, whose lower end counts."""
+    """The value of the curve at a limit; where the curve is vertical, its lower end."""
     right = int(np.searchsorted(x, limit))
     if x[right] == limit:
         return float(y[right])

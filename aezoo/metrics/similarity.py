@@ -93,7 +93,7 @@ class StructuralSimilarity(StructuralSimilarityIndexMeasure):
     """SSIM (Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861), the mean over images and their channels.
 
     torchmetrics' window works on each channel separately, so here all images of a batch become channels of one image.
-    On a CPU this takes a fraction of the time, which was longer than a training step of convolutions before.
+    On a CPU this takes a fraction of the time that torchmetrics takes.
 
     Args:
         data_range: the largest value of the data minus the smallest.

@@ -7,12 +7,12 @@
     Shrinkage            E[||x_hat|| / ||x||], over the samples that are not zero; below 1 if penalties shrink codes
     ReconstructionBias   E||x_hat||^2 / E<x, x_hat>: by this factor, x_hat is too large for the smallest error, gamma in
                          Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014
-    Recovery             mcc: mean over atoms of |cos| to the latent that each is matched with, one to one and so that
-                         the sum is largest; uniqueness: how many atoms are the nearest of some latent, over latents
+    Recovery             mcc: mean over atoms of |cos| to the matched latent, for the best one-to-one matching;
+                         uniqueness: number of atoms that are the nearest of a latent, divided by that of latents
 
 All but the last are ratios of sums over samples. The sums are accumulated in float64 over batches and ranks, so the
-result does not depend on how samples are split. A mean of the batches' FVU would: each batch's variance is about its
-own mean, and the mean of ratios is not the ratio of means.
+result does not depend on how samples are split. A mean of the FVUs of batches would depend on it: each
+batch's variance is about its own mean, and the mean of ratios is not the ratio of means.
 
 Shapes: B batch, X data dimensions, N latents or atoms.
 """
@@ -172,7 +172,7 @@ class Cosine(_Ratio):
 
 
 class Shrinkage(_Ratio):
-    """Mean of a reconstruction's norm over its sample's."""
+    """Mean ratio of a reconstruction's norm to its sample's norm."""
 
     higher_is_better = None
 
@@ -198,7 +198,7 @@ class Recovery(_Sums):
     latents share their nearest atom, which lowers uniqueness.
 
     Args:
-        atoms: (N, ...) the known atoms, of any norm but 0.
+        atoms: (N, ...) the known atoms, whose norms are not 0.
     """
 
     higher_is_better = True
@@ -255,4 +255,4 @@ def _unit(rows: Tensor) -> Tensor:
 
 def _check_size(metric: Metric, batch: Tensor, size: int) -> None:
     if batch.shape[1] != size:
-        raise AezooError(f"{type(metric).__name__} was made for {size} numbers a row, got {batch.shape[1]}")
+        raise AezooError(f"{type(metric).__name__} was made for {size} numbers per row, got {batch.shape[1]}")

@@ -1,1 +1,1 @@
-"""The models, one file each; the folder is the family, the file's stem the name."""
+"""One file per model: the folder is its family, and the file name without `.py` is its name."""

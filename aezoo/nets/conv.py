@@ -118,7 +118,7 @@ class Decoder(nn.Sequential):
 
 
 class UpsampleConcat(nn.Module):
-    """Concatenate the codes of two levels: each place of the bottom grid gets the nearest code of the top grid.
+    """Concatenate the codes of two levels: each position of the bottom grid gets the nearest code of the top grid.
 
     (B, C, T) -> (B, 2 C, *bottom grid).
     """

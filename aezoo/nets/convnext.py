@@ -1,8 +1,8 @@
 """ConvNeXt stages (Liu et al. 2022, https://arxiv.org/abs/2201.03545): each is a stride-2 convolution and a block.
 
-A block has a depthwise convolution of size 7, a normalisation over the channels at each place, and two pointwise layers
-with four times as many channels between them; its output is added to its input. It works in 1, 2 or 3 dimensions, for
-any size.
+A block has a depthwise convolution of size 7, a normalisation over the channels at each position, and two pointwise
+layers with four times as many channels between them; its output is added to its input. It works in 1, 2 or 3
+dimensions, for any size.
 """
 
 from torch import Tensor, nn

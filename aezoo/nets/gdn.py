@@ -1,7 +1,7 @@
 """Stages with generalised divisive normalisation (GDN), for learned compression, in 1, 2 or 3 dimensions.
 
 GDN (Ballé et al. 2016, https://arxiv.org/abs/1511.06281) divides each channel by a weighted norm of all channels at the
-same place. The corresponding layer of a decoder multiplies by this norm (Ballé et al. 2017,
+same position. The corresponding layer of a decoder multiplies by this norm (Ballé et al. 2017,
 https://arxiv.org/abs/1611.01704):
 
     y_i = x_i / sqrt(beta_i + sum_j gamma_ij x_j^2)      x_i = y_i sqrt(beta_i + sum_j gamma_ij y_j^2)
@@ -30,7 +30,7 @@ _OFF_DIAGONAL = 1e-2
 
 
 class GDN(nn.Module):
-    """Divide (or multiply) channels by a weighted norm of all channels at each place: (B, C, *grid) -> (B, C, *grid).
+    """Divide (or multiply) channels by a weighted norm of all channels at a position: (B, C, *grid) -> (B, C, *grid).
 
     Args:
         channels: C.

@@ -3,13 +3,13 @@
 The encoder has a convolution, then for each stage two pre-activation residual blocks and a convolution of stride 2,
 then two more blocks, and finally attention between two blocks on the smallest grid. The decoder has the reverse order,
 with three blocks per stage and convolutions on the doubled grid. These are AutoencoderKL and VQModel of
-https://github.com/huggingface/diffusers without attention at other places; `aezoo.io.exporters.diffusers` exports to
+https://github.com/huggingface/diffusers without attention at other positions; `aezoo.io.exporters.diffusers` exports to
 these classes. As there, the networks process values 2 x - 1.
 
 A convolution of stride 2 pads one point on the right and none on the left, or two on the right if a side is odd; in the
 decoder, the doubled grid is cropped. Groups of channels are normalised over the whole grid.
 
-Shapes: B batch, C channels, N places.
+Shapes: B batch, C channels, N positions.
 """
 
 import math
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + attention between all places, with one head: (B, C, *grid) -> (B, C, *grid)."""
+    """x + attention between all positions, with one head: (B, C, *grid) -> (B, C, *grid)."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
 """MLP-Mixer (Tolstikhin et al. 2021, https://arxiv.org/abs/2105.01601) on patches in 1, 2 or 3 dimensions.
 
-    U = X + W_2 act(W_1 norm(X))                 over the places, with equal weights for each channel     (equation 1)
-    Y = U + act(norm(U) W_3) W_4                 over the channels, with equal weights for each place
+    U = X + W_2 act(W_1 norm(X))               over the positions, with equal weights for each channel     (equation 1)
+    Y = U + act(norm(U) W_3) W_4               over the channels, with equal weights for each position
 
 Each entry of `hidden_dims` is such a block of that width D; a linear layer connects blocks of different widths. As in
-table 1 of the paper, the layers over channels have 4 D hidden units and those over places D/2. The latter have separate
-weights for each place, so there are no position embeddings, and the number of patches is fixed. Patches are those of
-`vit`.
+table 1 of the paper, the layers over channels have 4 D hidden units and those over positions D/2. The latter have
+separate weights for each position, so there are no position embeddings, and the number of patches is fixed. Patches are
+those of `vit`.
 
 Shapes: B batch, N patches, P values in a patch, D width of a token.
 """
@@ -33,10 +33,10 @@ def _branch(n: int, between: int, act: str) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """Two linear layers over the places, then two over the channels, each pair with normalised input and residual sum.
+    """Two linear layers over the positions, then two over the channels; each pair normalises its input and is residual.
 
     Args:
-        n: N, number of places.
+        n: N, number of positions.
         width: D.
         act: an activation's name; GELU in the paper.
     """

@@ -1,7 +1,7 @@
 """Vision transformer (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929) on patches in 1, 2 or 3 dimensions.
 
-Each entry of `hidden_dims` is a block of that width; a linear layer connects blocks of different widths. Positions are
-fixed sines and cosines of a patch's place in the grid, so any grid works; there is no class token. If a side is not a
+Each entry of `hidden_dims` is a block of that width; a linear layer connects blocks of different widths. Position
+embeddings are fixed sines and cosines, so any grid works; there is no class token. If a side is not a
 multiple of the patch size, it is padded with zeros at its far end and the output is cropped, so every size is restored
 exactly.
 
@@ -154,7 +154,7 @@ def embedding(size: int, width: int) -> nn.Linear:
     """Create the linear map from patches to tokens, (B, N, P) -> (B, N, D).
 
     Its initial weights are large enough for data in [0, 1] to outweigh the positions, which have size 1. With the usual
-    initialisation, a short training only learns the mean of each place.
+    initialisation, a short training only learns the mean of each position.
 
     Args:
         size: P, values in a patch.

@@ -1,13 +1,14 @@
 """The base class of all quantisers, which map each vector of z to one of finitely many codes.
 
-z is (B, D, *places): a vector (B, D), a sequence (B, D, L), a map (B, D, H, W), a volume (B, D, H, W, W'). Each place
-is quantised independently, so subclasses work on rows, (N, D). The rows of a sample are adjacent.
+z is (B, D, *positions): a vector (B, D), a sequence (B, D, L), a map (B, D, H, W), a volume (B, D, H, W, W'). Each
+position is quantised independently, so subclasses work on rows, (N, D). The rows of a sample are adjacent.
 
 All computations use at least float32 with autocast off, and the statistics of a codebook stay in at least float32 when
 a model is cast to half precision: bf16 may select the wrong one of two almost equally near codes, and a running sum
 stops growing.
 
-Shapes: B batch, N = B x places rows, D channels of z, C channels of a code, K codes of a codebook, Q indices per place.
+Shapes: B batch, N = B x positions rows, D channels of z, C channels of a code, K codes of a codebook, Q indices per
+position.
 """
 
 import math
@@ -41,9 +42,9 @@ class Quantised(NamedTuple):
     """The result of quantising z.
 
     Attributes:
-        z_q: the codes, (B, C, *places), in the precision of z; the quantiser defines the gradient that z gets.
-        indices: the indices of the codes, (B, Q, *places), long; -1 where a level is dropped.
-        terms: unweighted loss terms, () each: summed over dimensions and places, averaged over the batch.
+        z_q: the codes, (B, C, *positions), in the precision of z; the quantiser defines the gradient that z gets.
+        indices: the indices of the codes, (B, Q, *positions), long; -1 where a level is dropped.
+        terms: unweighted loss terms, () each: summed over dimensions and positions, averaged over the batch.
     """
 
     z_q: Tensor
@@ -51,7 +52,7 @@ class Quantised(NamedTuple):
     terms: dict[str, Tensor]
 
 
-# z_q, (N, C); indices, (N, Q); terms, either per row, (N,), or per place as a mean over all rows, ()
+# z_q, (N, C); indices, (N, Q); terms, either per row, (N,), or per position as a mean over all rows, ()
 Rows = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -61,7 +62,7 @@ class Quantiser(nn.Module):
     Attributes:
         dim: D, channels of z.
         code_dim: C, channels of z_q.
-        codebook_sizes: K of each of the Q indices of a place.
+        codebook_sizes: K of each of the Q indices of a position.
 
     Args:
         dim: D.
@@ -76,7 +77,7 @@ class Quantiser(nn.Module):
         code_dim = dim if code_dim is None else code_dim
         if min(dim, code_dim, *codebook_sizes, len(codebook_sizes)) < 1:
             raise AezooError(
-                f"{type(self).__name__} needs at least one channel and one code a codebook, got dim {dim}, code_dim "
+                f"{type(self).__name__} needs at least one channel and one code per codebook, got dim {dim}, code_dim "
                 f"{code_dim} and codebooks of {codebook_sizes}: give whole numbers above 0"
             )
         self.dim, self.code_dim, self.codebook_sizes = dim, code_dim, codebook_sizes
@@ -86,7 +87,7 @@ class Quantiser(nn.Module):
 
     @property
     def bits(self) -> float:
-        """Return the bits of one place, the sum of log2 K over its indices."""
+        """Return the bits of one position, the sum of log2 K over its indices."""
         return sum(math.log2(size) for size in self.codebook_sizes)
 
     def forward(self, z: Tensor) -> Quantised:
@@ -94,7 +95,7 @@ class Quantiser(nn.Module):
         return self.quantise(z)
 
     def quantise(self, z: Tensor) -> Quantised:
-        """Return the codes of z, their indices and loss terms, (B, D, *places) -> (B, C, *places), (B, Q, *places).
+        """Return codes, indices and loss terms of z, (B, D, *positions) -> (B, C, *positions), (B, Q, *positions).
 
         Raises:
             AezooError: z has a different number of channels.
@@ -108,19 +109,19 @@ class Quantiser(nn.Module):
         return Quantised(_restore_shape(q_NC, z).to(z.dtype), _restore_shape(index_NQ, z), terms)
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the codes of indices, exactly z_q in evaluation mode, (B, Q, *places) -> (B, C, *places).
+        """Return the codes of indices, exactly z_q in evaluation mode, (B, Q, *positions) -> (B, C, *positions).
 
         Raises:
-            AezooError: there is a different number of indices per place.
+            AezooError: there is a different number of indices per position.
         """
-        self._check("indices", indices, len(self.codebook_sizes), "indices a place")
+        self._check("indices", indices, len(self.codebook_sizes), "indices per position")
         with torch.autocast(indices.device.type, enabled=False):
             q_NC = self._lookup_rows(_as_rows(indices))
         return _restore_shape(q_NC, indices).to(self._like.dtype)
 
     @torch.no_grad()
     def init_from_data(self, z: Tensor) -> None:
-        """Initialise the codebook from data if possible: z of all ranks, (B, D, *places), equal on each rank."""
+        """Initialise the codebook from data if possible: z of all ranks, (B, D, *positions), equal on each rank."""
         self._check("z", z, self.dim, "channels")
         with torch.autocast(z.device.type, enabled=False):
             self._init_rows(_as_rows(z).to(self.exact_dtype))
@@ -189,17 +190,17 @@ class Quantiser(nn.Module):
 
 
 def _as_rows(values: Tensor) -> Tensor:
-    """(B, X, *places) -> (N, X)."""
+    """(B, X, *positions) -> (N, X)."""
     return values.movedim(1, -1).flatten(0, -2)
 
 
 def _restore_shape(rows: Tensor, like: Tensor) -> Tensor:
-    """(N, X) -> (B, X, *places), with the places of `like`, (B, ?, *places)."""
+    """(N, X) -> (B, X, *positions), with the positions of `like`, (B, ?, *positions)."""
     return rows.unflatten(0, (like.shape[0], *like.shape[2:])).movedim(-1, 1).contiguous()
 
 
 def _per_sample(term: Tensor, rows_per_sample: int) -> Tensor:
-    """A term summed over the places of a sample and averaged over samples: per row (N,) or per place () -> ()."""
+    """A term summed over the positions of a sample and averaged over samples: per row (N,) or per position () -> ()."""
     return term * rows_per_sample if term.ndim == 0 else term.unflatten(0, (-1, rows_per_sample)).sum(1).mean()
 
 

@@ -9,13 +9,13 @@ Their sum
     dequantisation + kl = -log(1/K sum_k exp(-||z - e_k||^2 / (2 s^2)))
 
 falls to 0 as s grows and q becomes uniform; as s falls to 0, q becomes the nearest code (VQ). With `variance` sample or
-place, z has one additional channel, which is added to log s^2: its mean over the sample's places, or its value at the
-place. These are the types gaussian_2 and gaussian_3 of the authors' code, https://github.com/sony/sqvae, which adds
-variances instead of their logarithms and uses the relaxed code for the dequantisation. In evaluation mode, z_q is the
+place, z has one additional channel, which is added to log s^2: its mean over the sample's positions, or its value at
+the position. These are the types gaussian_2 and gaussian_3 of the authors' code, https://github.com/sony/sqvae, which
+adds variances instead of their logarithms and uses the relaxed code for the dequantisation. In evaluation, z_q is the
 nearest code, which has the highest probability; with `hard`, the forward value in training is a code drawn from q. A
 callback may lower the buffer `temperature` during training.
 
-Shapes: B batch, P places, N = B P rows, D channels of a code, K codes.
+Shapes: B batch, P positions, N = B P rows, D channels of a code, K codes.
 """
 
 import math
@@ -38,7 +38,7 @@ class StochasticVQ(Quantiser):
     Args:
         code_dim: D, channels of a code; z has an additional channel unless variance is one.
         size: K, number of codes.
-        variance: one for a common s^2; sample or place for an additional factor per sample or place.
+        variance: one for a common s^2; sample or place for an additional factor per sample or position.
         start_variance: initial s^2, relative to codes of variance 1.
         temperature: temperature of the relaxation.
         hard: return one-hot codes in training too, with the gradient of the relaxed codes.
@@ -73,7 +73,7 @@ class StochasticVQ(Quantiser):
         self.log_variance = nn.Parameter(torch.tensor(math.log(start_variance)))
 
     def logits(self, z: Tensor) -> Tensor:
-        """Return log q(k|z) up to a constant per place, -||z - e_k||^2 / (2 s^2): (B, dim, *places) -> (B, P, K)."""
+        """Return log q(k|z) up to one constant per row, -||z - e_k||^2 / (2 s^2): (B, dim, *positions) -> (B, P, K)."""
         with torch.autocast(z.device.type, enabled=False):
             z_ND = z.movedim(1, -1).flatten(0, -2).to(self.exact_dtype)
             rows_per_sample = math.prod(z.shape[2:])

@@ -64,7 +64,7 @@ def check_growth(path: Path, max_bytes: int | None = None) -> None:
 
 
 def check_tuples(path: Path) -> None:
-    """Refuse a file of torch's whose tuples share parts without end: as a key, one is hashed while it is unpickled.
+    """Refuse a torch file with tuples whose shared parts make hashing too slow: unpickling hashes the keys of dicts.
 
     Raises:
         AezooError: a tuple has too many parts, with each reference to a shared one followed.

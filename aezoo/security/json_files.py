@@ -1,4 +1,4 @@
-"""Reading JSON that others have written, within a limit of size."""
+"""Reading of untrusted JSON files up to a maximum size."""
 
 import json
 from pathlib import Path

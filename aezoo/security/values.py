@@ -1,4 +1,4 @@
-"""Plain values: a constructor may not get any others from a file."""
+"""Plain values, the only arguments of a constructor that a file may contain."""
 
 from typing import Any
 

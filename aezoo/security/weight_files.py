@@ -1,4 +1,4 @@
-"""Reading files of weights that others have written, without running code in them."""
+"""Reading of untrusted files of weights, without running code in them."""
 
 import argparse
 import pickle

@@ -1,4 +1,4 @@
-"""Weights from a file: each tensor must have the data that it declares, and the model must not be larger."""
+"""Checks of weights from a file: tensors are complete, and the model is not larger than the weights."""
 
 import contextlib
 import threading

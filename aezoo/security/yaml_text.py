@@ -1,6 +1,6 @@
 """YAML within limits: size, depth and aliases are checked before anything is built.
 
-A file of one kilobyte whose aliases refer to each other ten at a time represents gigabytes, and hangs its reader.
+With nested aliases, a file of one kilobyte can expand to gigabytes (the "billion laughs" attack).
 """
 
 from collections.abc import Callable

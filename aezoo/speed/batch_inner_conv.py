@@ -95,7 +95,7 @@ linear.register_flops(
 
 
 class BatchInnerConv(Convolution):
-    """A convolution, transposed or not, with values in batch-inner layout; the input's gradient has the input's."""
+    """A convolution, transposed or not, in batch-inner layout; the input's gradient has the input's layout."""
 
     @staticmethod
     def forward(

@@ -34,8 +34,8 @@ class Group(NamedTuple):
         tensors: moments and, last, step counts, in the kernel's order.
         counted: all step counts in one tensor, of which those of `tensors` are views.
         kernel: the fused update.
-        members: all parameters, if foreign code may replace them.
-        found: dictionaries, keys and values that show whether foreign code has changed the state.
+        members: all parameters, if other code may replace them.
+        found: dictionaries, keys and values that show whether other code has changed the state.
     """
 
     settings: dict[str, Any]

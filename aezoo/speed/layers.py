@@ -1,4 +1,4 @@
-"""Swaps faster layers and likelihoods into a model, and out again."""
+"""Replaces layers and likelihoods of a model by faster ones, and restores them."""
 
 import itertools
 from collections.abc import Iterator

@@ -63,9 +63,9 @@ class Plan:
         # callbacks of this package and of Lightning only read a batch's length
         self.batch_is_private = all(_is_ours(who) for who in hooked)
         layers = all(_is_unmodified(part, "aezoo", "torch") for part in module.modules())
-        # no foreign code runs
+        # no other code runs
         self.is_private = layers and all(_is_unmodified(callback, *_OURS) for callback in callbacks)
-        # only foreign code draws from NumPy's and Python's generators
+        # only other code draws from NumPy's and Python's generators
         self.uses_only_torch_rng = self.is_private and _data_are_ours(trainer)
         within = [_owner(hook) for name in _WITHIN_STEP for hook, _ in self.hooks[name]]
         # nothing can change the loss between a step and its end
@@ -257,7 +257,7 @@ def _is_unmodified(instance: Any, *packages: str) -> bool:
 
 
 def _data_are_ours(trainer: pl.Trainer) -> bool:
-    """Whether no foreign code takes part in making batches."""
+    """Whether no other code takes part in making batches."""
     data, loader = trainer.datamodule, trainer.train_dataloader  # type: ignore[attr-defined]
     known = type(loader) is ResidentLoader and (loader.transform is None or _is_from_data(loader.transform))
     return known and (data is None or _is_unmodified(data, "aezoo"))

@@ -97,7 +97,7 @@ def denoise(
         baselines: compare with filters.
         n_compared: number of samples in the comparison, drawn from the seed, since filters are slow.
         n_shown: samples in the picture; 0 draws none.
-        tile: process samples with sides above this in tiles of this many points a side, without seams and in the
+        tile: process samples with sides above this in tiles of this many points per side, without seams and in the
             memory that a tile needs; 0 processes all as a whole.
         blend: let tiles overlap by this share of their sides and blend them, for networks that need the whole sample;
             the result then differs from that of the whole.

@@ -356,7 +356,7 @@ class _ValueErrors:
     """The anomaly map of the samples, as far as it is needed.
 
     Attributes:
-        located: (N, *places), the mean over channels.
+        located: (N, *positions), the mean over channels.
         by_column: (N, D), of a table, x_hat - x.
     """
 

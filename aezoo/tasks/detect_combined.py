@@ -237,7 +237,7 @@ def _surprise(score_B: Tensor, sorted_N: Tensor) -> Tensor:
     gap_B = sorted_N[right_B] - sorted_N[left_B]
     share_B = ((score_B - sorted_N[left_B]) / gap_B.clamp(min=torch.finfo(gap_B.dtype).tiny)).clamp(0, 1)
     within_B = torch.lerp(surprise_N[left_B], surprise_N[right_B], share_B)
-    # of few samples that all score alike, the width is rounding
+    # of few samples with equal scores, the width is rounding
     largest = sorted_N[-1]
     width = torch.maximum(largest - sorted_N[(n - 1) // 2], _LEAST_WIDTH * largest)
     return within_B + (score_B - largest).clamp(min=0) / torch.where(width > 0, width, 1.0)

@@ -1,6 +1,6 @@
 """What `embed` computes from codes: a plane, accuracies of classifiers, and nearest neighbours.
 
-Codes are vectors here, (N, D); a feature map is one vector of all its channels and places.
+Codes are vectors here, (N, D); a feature map is one vector of all its channels and positions.
 """
 
 import math

@@ -301,7 +301,7 @@ def _model(files: _Files, subject: Subject, train: Array | None, check: Array, h
         else ("The range of codes is unknown: this model has no prior, and its training samples are not available.")
     )
     if type(model).discrete_code:
-        no_plane = "This code is one of a codebook's entries at each place: there are no codes between them."
+        no_plane = "This code is one of a codebook's entries at each position: there are no codes between them."
     found = functions.get("score")
     return {
         "label": subject.label,

@@ -1,6 +1,6 @@
 """Walks through code space: between samples, along each dimension, and around a sample.
 
-A walk is a row of codes, (walks, steps, D); a feature map is one vector of all its channels and places.
+A walk is a row of codes, (walks, steps, D); a feature map is one vector of all its channels and positions.
 """
 
 from dataclasses import dataclass

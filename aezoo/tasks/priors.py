@@ -16,7 +16,7 @@
     knn         z = a + u (b - a), u ~ U(0, 1), a any code, b one of its k nearest neighbours: SMOTE (Chawla et al.
                 2002, https://doi.org/10.1613/jair.953)
 
-Codes are vectors, (N, D): a feature map is one vector of all its channels and places, which are drawn together.
+Codes are vectors, (N, D): a feature map is one vector of all its channels and positions, which are drawn together.
 
 Those up to riemannian describe t, the code's principal components scaled to variance 1. The remainder outside these
 components is Gaussian, with the covariance of the codes; for codes of few dimensions there is no remainder:

@@ -19,7 +19,7 @@ from aezoo.training.seeding import forked_rng
 
 # components of wide codes that fitted densities describe, and the fewest codes that each Gaussian of gmm has for one
 _MAX_COMPONENTS = 64
-# those of riemannian, whose metric is a matrix at every place
+# those of riemannian, whose metric is a matrix at every position
 _MAX_CURVED = 16
 _CODES_PER_COMPONENT = 5
 # variances below this share of the largest are rounding errors of float32 codes

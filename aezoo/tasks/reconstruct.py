@@ -123,7 +123,7 @@ def reconstruct(
             ignored. For models of samples that have parts, such as mvae. By default all parts are used.
         n_shown: samples in each row of the picture; 0 draws none.
         table: format of the errors, csv or parquet.
-        tile: process samples with sides above this in tiles of this many points a side, without seams and in the
+        tile: process samples with sides above this in tiles of this many points per side, without seams and in the
             memory that a tile needs; 0 processes all as a whole.
         blend: let tiles overlap by this share of their sides and blend them, for networks that need the whole sample;
             the result then differs from that of the whole.

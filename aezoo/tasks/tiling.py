@@ -174,7 +174,7 @@ class _Tiled(nn.Module):
         axes = range(len(self.strides))
         self.overlaps = [max(1, int(n * blend)) if blend else 0 for n in self.blocks]
         if blend and min(self.blocks) < 2:
-            raise AezooError(f"tiles that overlap need at least {2 * max(self.strides)} points a side, got {tile}")
+            raise AezooError(f"tiles that overlap need at least {2 * max(self.strides)} points per side, got {tile}")
         self.margins = [0 if blend else self._margin(axis) for axis in axes]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,16 +266,16 @@ class _Tiled(nn.Module):
                 y = self._apply_part(sized, x)
             depends = y.isnan().movedim(axis + 2, 0).flatten(1).any(1) if y.ndim == x.ndim else y.new_zeros(0)
             if len(depends) != n * self.scale_out[axis] or not depends.any():
-                raise _refusal(model, "its output is not a map whose places correspond to those of its input")
+                raise _refusal(model, "its output is not a map whose positions correspond to those of its input")
             seen = depends.nonzero()[:, 0] // self.scale_out[axis]
             first, last = int(seen.min()), int(seen.max())
             if first > 0 and last < n - 1:
                 return max(n // 2 - first, last - n // 2)
         raise _refusal(
             model,
-            "each place of its output depends on the whole sample (attention, or a normalisation over places): leave "
-            "tile out, train with --model.net conv, conv_keras, gdn or convnext, or blend tiles that overlap, which "
-            "differs from the whole (blend 0.25 of reconstruct, denoise and aezoo.tiled)",
+            "each value of its output depends on the whole sample (attention, or a normalisation over positions): "
+            "leave tile out, train with --model.net conv, conv_keras, gdn or convnext, or blend tiles that overlap, "
+            "which differs from the whole (blend 0.25 of reconstruct, denoise and aezoo.tiled)",
         )
 
 

@@ -1,4 +1,4 @@
-"""The contract of every model of the zoo, as checks for the tests of this package and of plug-ins.
+"""Checks of the interface of models, for the tests of this package and of plug-ins.
 
     from aezoo.testing import check_model
 

@@ -144,7 +144,7 @@ def check_indices(subject: Subject) -> None:
         require_shape("encode_indices", indices, (BATCH, *model.index_shape))
         require(indices.dtype == torch.long, f"indices are {indices.dtype}, not long")
         require(
-            len(model.index_sizes) == model.index_shape[0], "index_sizes must have a size for each index of a place"
+            len(model.index_sizes) == model.index_shape[0], "index_sizes must have a size for each index of a position"
         )
         for i, size in enumerate(model.index_sizes):
             low, high = int(indices[:, i].min()), int(indices[:, i].max())

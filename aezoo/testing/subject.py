@@ -77,7 +77,7 @@ class Subject:
         return make(input_shape=self.shape if shape is None else shape, **{**self.hyperparameters, **more})
 
     def data(self, n: int = BATCH, shape: tuple[int, ...] | None = None, seed: int = 0) -> Tensor:
-        """Samples in [0, 1] with structure, a bright spot at a random place in each channel, (n, *shape)."""
+        """Samples in [0, 1] with structure, a bright spot at a random position in each channel, (n, *shape)."""
         shape = self.shape if shape is None else shape
         channels, grid = (1, shape) if len(shape) == 1 else (shape[0], shape[1:])
         generator = torch.Generator().manual_seed(seed)
@@ -170,7 +170,7 @@ def require_shape(what: str, value: Any, shape: tuple[int, ...]) -> None:
 
 
 def require_terms(what: str, terms: dict[str, Tensor]) -> None:
-    """A loss as the contract defines it: finite scalars by name; the model has checked that "loss" is one of them."""
+    """A loss as the base class defines it: finite scalars by name; the model has checked that "loss" is one of them."""
     for name, value in terms.items():
         require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None, f"{what} has a term {name!r}: use snake_case")
         require(name not in _RESERVED_TERMS, f"{what} has a term {name!r}, which every evaluation reports by itself")

@@ -55,7 +55,7 @@ def _flops(model: ModelInterface, n: int, function: Callable[[Tensor, Tensor], o
 
 
 def advice(model: ModelInterface, batch_size: int, device: torch.device) -> str | None:
-    """A message of one line if training is costly: the cost, and the flag that lowers it; None if it is not.
+    """A one-line message if training is costly: the cost, and the flag that lowers it; None if it is not.
 
     Args:
         model: before its first step.

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 
 class HubMethods:
-    """The contract of `huggingface_hub.PyTorchModelHubMixin`, for files that `aezoo.save_model` writes.
+    """The interface of `huggingface_hub.PyTorchModelHubMixin`, for files that `aezoo.save_model` writes.
 
     Of the mixin's arguments these have no `config`, which is the model's hyperparameters, and no patterns of file
     names, because a model's files belong together.

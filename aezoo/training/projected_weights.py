@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 class Constrained(pl.LightningModule):
     """Mixin, before `Autoencoder`, for models that change their weights after each optimiser step.
 
-    The fast loop uses Lightning's step if foreign code takes part, but it calls `after_optimizer_step` itself.
+    The fast loop uses Lightning's step if other code takes part, but it calls `after_optimizer_step` itself.
     """
 
     def after_optimizer_step(self) -> None:

@@ -91,7 +91,7 @@ def stride_of(model: "ModelInterface") -> tuple[int, ...] | None:
 
 
 def code_grid(size: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """The places of the code of a sample of this size."""
+    """The positions of the code of a sample of this size."""
     return tuple(-(-n // stride) for n, stride in zip(size, strides, strict=True))
 
 

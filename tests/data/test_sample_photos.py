@@ -51,7 +51,7 @@ def test_splits_share_no_photograph_and_keep_their_pixels():
 
 
 def test_sizes_and_missing_packages_are_refused_in_one_line(monkeypatch):
-    with pytest.raises(AezooError, match="at most 256 pixels a side"):
+    with pytest.raises(AezooError, match="at most 256 pixels per side"):
         DataModule("sample_photos", size=300)
     monkeypatch.setattr(sample_photos, "find_spec", lambda name: None)
     with pytest.raises(AezooError, match=r"pip install '\.\[images\]'"):

@@ -251,7 +251,7 @@ def test_similarity_averages_dictionaries_and_joins_streams():
     [
         (lambda: metrics.FVU(0), "at least 1"),
         (lambda: metrics.DeadShare(2.5), "at least 1"),
-        (lambda: metrics.FVU(3).update(SAMPLES, HATS), "made for 3 numbers a row, got 7"),
+        (lambda: metrics.FVU(3).update(SAMPLES, HATS), "made for 3 numbers per row, got 7"),
         (lambda: metrics.Cosine().update(SAMPLES, HATS[:5]), "of one shape"),
         (lambda: metrics.L0().update(SAMPLES[0]), "of one shape"),
         (lambda: metrics.Recovery(torch.zeros(3, 4)), "none of them zeros"),

@@ -65,7 +65,7 @@ class Noise2Void(DnCNN, defaults={"residual": False}, tags=("denoising",)):
         if not 0 < masked <= 0.5:
             raise AezooError(f"masked must be a share above 0 and at most 0.5, got {masked}")
         if radius < 1 or (2 * radius + 1) ** rank > _MOST_PLACES:
-            raise AezooError(f"radius must be at least 1, for a window of at most {_MOST_PLACES} places, got {radius}")
+            raise AezooError(f"radius must be at least 1, with a window of at most {_MOST_PLACES} pixels, got {radius}")
         self.corruption = corruptions.corruption(corruption)
         self.n_masked = max(1, int(masked * pixels))
         offsets = [offset for offset in product(range(-radius, radius + 1), repeat=rank) if any(offset)]

@@ -46,7 +46,7 @@ class Checkerboard(MeanScaleHyperprior, tags=("compression",)):
         self.reach = reach
         self.grid = self.code_shape[1:]
         if not self.grid:
-            raise AezooError(f"net {self.net!r} gives a code without places: use gdn or conv, or mean_scale_hyperprior")
+            raise AezooError(f"net {self.net!r} gives a code without a grid: use gdn or conv, or mean_scale_hyperprior")
         colour = torch.stack(torch.meshgrid(*map(torch.arange, self.grid), indexing="ij")).sum(0).flatten() % 2
         for name, number in (("anchors", 0), ("others", 1)):
             self.register_buffer(name, (colour == number).nonzero()[:, 0], persistent=False)

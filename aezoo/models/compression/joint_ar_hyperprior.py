@@ -46,7 +46,7 @@ class JointARHyperprior(MeanScaleHyperprior, tags=("compression",)):
         super().__init__(input_shape, **kwargs)
         self.grid = self.code_shape[1:]
         if not self.grid:
-            raise AezooError(f"net {self.net!r} gives a code without places: use gdn or conv, or mean_scale_hyperprior")
+            raise AezooError(f"net {self.net!r} gives a code without a grid: use gdn or conv, or mean_scale_hyperprior")
         kernel = tap_offsets(reach, len(self.grid))[0]
         before = torch.arange(kernel.numel()).view_as(kernel) < kernel.numel() // 2
         self.context = Context(self.latent_dim, 2 * self.latent_dim, before)

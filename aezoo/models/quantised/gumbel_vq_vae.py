@@ -128,5 +128,5 @@ class GumbelVQVAE(CodeMapAutoencoder, has_prior=True, score_term="kl", tags=("to
 
 
 def _by_place(logits: Tensor) -> Tensor:
-    """Return logits in at least float32, (B, K, *places) -> (B, P, K)."""
+    """Return logits in at least float32, (B, K, *positions) -> (B, P, K)."""
     return at_least_float32(logits).flatten(2).movedim(1, 2)

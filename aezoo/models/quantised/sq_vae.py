@@ -41,7 +41,7 @@ class SQVAE(CodeMapAutoencoder, has_prior=True, score_term="latents", tags=("tok
     Args:
         latent_dim: D, channels of a code.
         codebook_size: K, number of codes.
-        variance: one s^2 for all, or with a factor from the encoder for each sample or place.
+        variance: one s^2 for all, or with a factor from the encoder for each sample, or position (place).
         start_variance: initial s^2, relative to codes of variance 1: if too small, one code takes all; if too large,
             no code matters. 8 suits 64 channels (the authors' code has 11), 0.5 the variance sample or place.
         temperature: final temperature of the relaxed codes, at least 0.01: near 0, gradients are noisy.

@@ -1,4 +1,4 @@
-"""PaDiM, a Gaussian of frozen features at each place (Defard et al. 2021), https://arxiv.org/abs/2011.08785
+"""PaDiM, a Gaussian of frozen features at each position (Defard et al. 2021), https://arxiv.org/abs/2011.08785
 
     s_p(x) = sqrt((z_p - mu_p)' Sigma_p^-1 (z_p - mu_p))
     mu_p = 1/N sum_i z_ip     Sigma_p = 1/(N - 1) sum_i (z_ip - mu_p)(z_ip - mu_p)' + epsilon I     (equation 1)

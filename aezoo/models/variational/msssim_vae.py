@@ -40,7 +40,7 @@ class MSSSIMVAE(VAE, tags=("generation",)):
         scales: maximum number of scales, each half as large as the one before; fewer if the window does not fit into
             the image.
         window: maximum width of the Gaussian window in pixels, odd.
-        likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
+        likelihood: whose mean of the decoder's output is the reconstruction, see vae; the rest of it is not used. Data
             outside of [0, 1] need gaussian.
         **kwargs: see `VAE`.
     """

@@ -6,7 +6,7 @@ F_l are the n_l activations of layer l of a frozen network, so that samples with
 distance.
 
     random          a convolutional network with random weights, the same everywhere (NumPy's RandomState(0), He et al.
-                    2015 scale): no download, and known to see as trained ones do (He, Wang & Hopcroft 2016,
+                    2015 scale): no download; such features preserve the content of images (He, Wang & Hopcroft 2016,
                     https://papers.nips.cc/paper/2016/hash/58238e9ae2dd305d79c2ebc8c1883422-Abstract.html)
     vgg16, vgg19    relu1_1, relu2_1 and relu3_1 of torchvision's weights, the paper's VGG-123, if torch.hub has them
     torchvision:NAME, timm:NAME     feature maps of another network, see `aezoo.nets.blocks.features.feature_maps`
@@ -48,7 +48,7 @@ class PerceptualVAE(VAE, tags=("generation",)):
         features: random, vgg16, vgg19, torchvision:NAME, timm:NAME, or the path of a .pth file of VGG weights or of a
             model of the zoo.
         weight: nats for a mean squared difference of 2 in one layer.
-        likelihood: whose mean of the decoder's output is the reconstruction, see vae; nothing else of it counts. Data
+        likelihood: whose mean of the decoder's output is the reconstruction, see vae; the rest of it is not used. Data
             outside of [0, 1] need gaussian.
         **kwargs: see `VAE`.
     """

@@ -4,7 +4,7 @@ Layers and operations have the same order as in https://github.com/InterDigitalI
 bitwise equal results. The networks have these names there: encoder g_a, decoder g_s, hyper-encoder h_a, hyper-decoder
 h_s, context context_prediction, entropy parameters entropy_parameters.
 
-Shapes: B batch, C channels of a sample, N channels of layers, M of the code, (H, W) places.
+Shapes: B batch, C channels of a sample, N channels of layers, M of the code, (H, W) positions.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ ARCHITECTURES = (
 # sides are padded to a multiple of this: four halvings for the code, two more for its side information
 MULTIPLE = 64
 CODE_STRIDE, SIDE_STRIDE = 16, 64
-# number of places on each side that the context covers
+# number of positions on each side that the context covers
 REACH = 2
 PEDESTAL = 2.0**-36
 LEAST_BETA = 1e-6
@@ -118,7 +118,7 @@ class Padded(nn.Sequential):
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution over the previous places in row-major order: (B, M, H, W) -> (B, 2 M, H, W)."""
+    """A convolution over the previous positions in row-major order: (B, M, H, W) -> (B, 2 M, H, W)."""
 
     mask: Tensor
 
@@ -136,7 +136,7 @@ class MaskedConv(nn.Conv2d):
         return self.weight * self.mask
 
     def at(self, patch: Tensor, masked_weight: Tensor) -> Tensor:
-        """Compute the output at one place from the places around it: (B, M, 5, 5) -> (B, 2 M, 1, 1)."""
+        """Compute the output at one position from the positions around it: (B, M, 5, 5) -> (B, 2 M, 1, 1)."""
         return F.conv2d(patch, masked_weight, self.bias)
 
 

@@ -1,4 +1,4 @@
-"""Prediction of a map from its known places by a masked convolution and a network at each place.
+"""Prediction of a map from its known positions by a masked convolution and a network at each position.
 
 Masked taps of the kernel are always 0, as in PixelCNN (van den Oord et al. 2016), https://arxiv.org/abs/1601.06759
 
@@ -29,7 +29,7 @@ def tap_offsets(reach: int, rank: int) -> Tensor:
 
 
 class Context(nn.Module):
-    """Computes the distribution at each place of a map from known places and side information.
+    """Computes the distribution at each position of a map from known positions and side information.
 
     Args:
         channels: M.
@@ -57,11 +57,11 @@ class Context(nn.Module):
         return self.weight * self.kernel_mask
 
     def masked_conv(self, y: Tensor) -> Tensor:
-        """Return the context of every place: (B, M, *grid) -> (B, 2 M, *grid)."""
+        """Return the context of every position: (B, M, *grid) -> (B, 2 M, *grid)."""
         return _CONV[self.kernel_mask.dim()](y.to(self.weight), self._masked_weight(), self.bias, padding=self.reach)
 
     def masked_conv_at(self, patch: Tensor) -> Tensor:
-        """Return the context of one place from the places around it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
+        """Return the context of one position from the positions around it: (B, M, 2 reach + 1, ...) -> (B, 2 M)."""
         return F.linear(patch.to(self.weight).flatten(1), self._masked_weight().flatten(1), self.bias)
 
     def forward(self, side: Tensor, context: Tensor) -> tuple[Tensor, ...]:

@@ -297,7 +297,7 @@ def resample_dead(
     """Restart n dead latents, each from one sample (Bricken et al. 2023, "neuron resampling").
 
     The direction of a latent becomes that of its sample. Its encoder row gets the same direction, with one fifth of the
-    norm of live rows. Its encoder bias and the optimiser's moments become 0.
+    norm of rows of latents that are not dead. Its encoder bias and the optimiser's moments become 0.
 
     Args:
         encoder: the layer applied to samples.

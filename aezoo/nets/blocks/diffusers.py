@@ -33,7 +33,7 @@ from aezoo.security import json_files, values, weights
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # bytes of AutoencoderRAE's config, which may contain statistics for each value of a code
 MAX_CONFIG = 2**26
-# limit on the places of its codes along each axis, since a table of their positions is built first
+# limit on the positions of its codes along each axis, since a table of their positions is built first
 _MOST_PLACES = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # names in attention layers of earlier versions of diffusers
@@ -174,7 +174,7 @@ def _fit_to_side(settings: dict[str, Any], cls: Any, input_shape: tuple[int, ...
     """Set the input size of AutoencoderRAE's encoder such that the decoder returns samples of the given size.
 
     Raises:
-        AezooError: a code would have too many places.
+        AezooError: a code would have too many positions.
     """
     defaults = {key: parameter.default for key, parameter in inspect.signature(cls.__init__).parameters.items()}
     sides = defaults | settings
@@ -183,7 +183,9 @@ def _fit_to_side(settings: dict[str, Any], cls: Any, input_shape: tuple[int, ...
         settings["encoder_input_size"] = max(input_shape[1] // sides["patch_size"], 1) * patch
     places = settings["encoder_input_size"] // patch
     if places > _MOST_PLACES:
-        raise AezooError(f"{RAE} has codes of at most {_MOST_PLACES} places a side, got {places}: use larger patches")
+        raise AezooError(
+            f"{RAE} has codes of at most {_MOST_PLACES} positions per side, got {places}: use larger patches"
+        )
 
 
 def _check_steps(settings: dict[str, Any]) -> None:

@@ -164,7 +164,7 @@ class BackboneFeatures(FeatureNet):
 class LPIPS(FeatureNet):
     """Learned perceptual similarity (Zhang et al. 2018), https://arxiv.org/abs/1801.03924
 
-    Features are normalised at each place, and the weights of their channels are fitted to human judgements.
+    Features are normalised at each position, and the weights of their channels are fitted to human judgements.
 
     Args:
         layers: the layers of VGG-16, AlexNet or SqueezeNet.
@@ -180,7 +180,7 @@ class LPIPS(FeatureNet):
             self.register_buffer(f"weight_{i}", weight.flatten()[:, None, None])
 
     def distance(self, features: list[Tensor], others: list[Tensor]) -> Tensor:
-        """Return the sum over layers of the mean over places of sum_c w_c (F_c / ||F|| - F'_c / ||F'||)^2."""
+        """Return the sum over layers of the mean over positions of sum_c w_c (F_c / ||F|| - F'_c / ||F'||)^2."""
         total = []
         for i, pair in enumerate(zip(features, others, strict=True)):
             # 1e-8 as in torchmetrics: the root is not differentiable at 0

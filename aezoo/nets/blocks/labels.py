@@ -33,7 +33,7 @@ def check_labels(y: Tensor) -> Tensor:
         AezooError: the labels have another shape.
     """
     if y.ndim != 1:
-        raise AezooError(f"labels must be one number a sample, got {y.dtype} of shape {tuple(y.shape)}")
+        raise AezooError(f"labels must be one number per sample, got {y.dtype} of shape {tuple(y.shape)}")
     return y
 
 
@@ -47,7 +47,7 @@ def all_labelled(y: Tensor, num_classes: int) -> bool:
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # a graph cannot wait for values, and the code for missing labels is correct in all cases
     if y.ndim != 1 or y.is_floating_point():
-        raise AezooError(f"labels must be one whole number a sample, got {y.dtype} of shape {tuple(y.shape)}")
+        raise AezooError(f"labels must be one whole number per sample, got {y.dtype} of shape {tuple(y.shape)}")
     low, high = int(y.min()), int(y.max())
     if low < -1 or high >= num_classes:
         wrong = low if low < -1 else high

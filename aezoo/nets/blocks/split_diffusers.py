@@ -1,7 +1,7 @@
 """Models of Hugging Face `diffusers` split into an encoder and a decoder of samples in [0, 1].
 
 Samples of diffusers are in [-1, 1], except for AutoencoderRAE. Shapes: B batch, D channels of a code, C channels of a
-sample, (H, W) their places.
+sample, (H, W) their positions.
 """
 
 import copy
@@ -86,7 +86,7 @@ class RepresentationEncoding(SplitModule):
         s = self.net.noise_tau * torch.rand(len(z), *[1] * (z.ndim - 1), device=z.device, dtype=z.dtype)
         # the divisor in `encode`
         scale = self.net.config.scaling_factor / (self.net.get_buffer(STATISTICS["latents_std"]) + 1e-5)
-        # places first, so that a seed gives the same noise as in diffusers
+        # positions first, so that a seed gives the same noise as in diffusers
         e = gaussians.standard_normal_like(z.flatten(2).mT).mT.reshape(z.shape) if z.ndim == 4 else torch.randn_like(z)
         return z + s * scale.to(z) * e
 

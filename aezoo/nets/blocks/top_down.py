@@ -3,7 +3,7 @@
 Child 2021, https://arxiv.org/abs/2011.10650; details as in https://github.com/openai/vdvae. Bottleneck networks have
 1x1, 3x3, 3x3 and 1x1 convolutions, with a GELU before each and a quarter of the channels inside; on grids up to 2x2,
 all convolutions are 1x1. The bottom-up path uses average pooling, the top-down path nearest-neighbour upsampling. The
-stream has a learned initial value at each resolution: per place up to 64x64, per channel above. The last layer of a
+stream has a learned initial value at each resolution: per position up to 64x64, per channel above. The last layer of a
 block's p starts at 0, so that p is N(0, I) and f is 0. The last layer of its net and the projection of z start at
 1/sqrt(N) of the usual scale, where N is the number of blocks of a path.
 

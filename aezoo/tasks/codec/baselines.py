@@ -1,6 +1,6 @@
 """What a user could use instead, on the same samples: image formats, general compressors, PCA, the mean sample.
 
-Image formats get all samples in pictures of at most 8192 pixels a side, since a file for each small image would be
+Image formats get all samples in pictures of at most 8192 pixels per side, since a file for each small image would be
 mostly headers. Samples are arranged in a grid or, for lossless formats and where that is smaller, in one column.
 General compressors get the bytes of all samples or, for binary data and where that is smaller, 8 values per byte. All
 use their strongest settings.

@@ -9,7 +9,7 @@
                 sides, 4 bytes each, which L counts.
     32          SHA-256 of everything before
 
-A reader first compares the checksum, a piece at a time, then reads the header within bounds, then the sizes of the
+A reader first compares the checksum, block by block, then reads the header within bounds, then the sizes of the
 frames, which must add up. Only then does it allocate memory, for one frame at a time and in total at most what the
 caller allows. The checksum detects accidents; a forger can compute it, so the reader does not trust the header.
 """

@@ -1,4 +1,4 @@
-"""`compress` for pictures that are not of the model's size: each is a piece of the file, with its size.
+"""`compress` for pictures that are not of the model's size: each is a frame of the file, with its size.
 
 Each picture is coded separately by the model for its size; tables are fitted to all pictures. A code without indices is
 a map; each channel has a step and a histogram for all positions of all pictures; see `lossy.py`. A channel's
@@ -36,7 +36,7 @@ from aezoo.tasks.tiling import Sized
 from aezoo.training import sizes
 from aezoo.training.model_names import display_name
 
-# values of codes that steps and tables are fitted to; places a side, and pictures, for a channel's sensitivity
+# values of codes that steps and tables are fitted to; positions per side, and pictures, for a channel's sensitivity
 _MAX_CODES, _SIDE, _PICTURES = 2**24, 32, 8
 _REPEAT = (
     "decoding did not reproduce the {}: this device does not give the same result twice; compress on --device cpu with "
@@ -160,7 +160,7 @@ class PictureRun(CompressionRun):
         places = [math.prod(self._model(shape).code_shape[1:]) for shape in self._shapes]
         total = sum(places)
         while channels * sum(-(-count // every) for count in places) > _MAX_CODES and every < max(places):
-            every *= 2  # every second place is enough
+            every *= 2  # every second position is enough
         starts = np.cumsum([0, *(-(-count // every) for count in places)]).tolist()
         codes = self.store.scratch((starts[-1], channels))
         limits, by_channel, crops = Range(), _ChannelRange(channels), list[Tensor]()
@@ -210,7 +210,7 @@ class PictureRun(CompressionRun):
     def _of_code(self, z: Tensor) -> Autoencoder:
         found = sizes.for_codes(self.model, tuple(z.shape[1:]))
         if found is None:
-            raise AezooError(f"the code of {display_name(type(self.model))} is not a map of places, so samples of "
+            raise AezooError(f"the code of {display_name(type(self.model))} is not a map of positions, so samples of "
                              "another size cannot be compressed: resize them (--data.size)")  # fmt: skip
         return found
 
@@ -316,7 +316,7 @@ class _ChannelRange:
         self.low, self.high = (np.full(channels, limit, np.float32) for limit in (math.inf, -math.inf))
 
     def add(self, rows: lossy.Floats) -> None:
-        """Add places, (T, C)."""
+        """Add positions, (T, C)."""
         self.low, self.high = np.minimum(self.low, rows.min(0)), np.maximum(self.high, rows.max(0))
 
     @property
@@ -334,7 +334,7 @@ def _check_size(x: Tensor) -> None:
 
 
 def _codes(model: Autoencoder, x: Tensor) -> Tensor:
-    """(1, C, H, W) -> (1, C, *places), which must be finite."""
+    """(1, C, H, W) -> (1, C, *positions), which must be finite."""
     z = model.encode(x.to(reference_tensor(model))).float()
     if not bool(z.isfinite().all()):
         raise AezooError("the model gives codes that are NaN or infinite: train it again")
@@ -342,11 +342,11 @@ def _codes(model: Autoencoder, x: Tensor) -> Tensor:
 
 
 def _rows(z: Tensor) -> lossy.Floats:
-    """(1, C, *places) -> (T, C)."""
+    """(1, C, *positions) -> (T, C)."""
     rows: lossy.Floats = z[0].flatten(1).T.cpu().numpy()
     return rows
 
 
 def decode_places(model: Autoencoder, codes: lossy.Floats) -> Any:
-    """The output (1, *input_shape), float32, of the places of a code, (T, C)."""
+    """The output (1, *input_shape), float32, of the positions of a code, (T, C)."""
     return reproducibility.decode_codes(model, np.ascontiguousarray(codes.T).reshape(1, -1), 1)

@@ -131,7 +131,7 @@ class RansCoder(EntropyModelCoder):
 
     Args:
         model: a model with `frequency_tables`.
-        block: samples that it sees at a time.
+        block: number of samples that it processes at a time.
     """
 
     def __init__(self, model: EntropyCoded, block: int) -> None:
@@ -218,7 +218,7 @@ def coder_of(model: EntropyCoded, block: int) -> EntropyModelCoder:
 
     Args:
         model: a model with distributions.
-        block: samples that it sees at a time.
+        block: number of samples that it processes at a time.
     """
     return (EntropyModelCoder if model.frequency_tables() is None else RansCoder)(model, block)
 

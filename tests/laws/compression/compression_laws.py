@@ -93,7 +93,7 @@ def test_loss_is_negative_elbo_with_uniform_posterior(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_are_counted_per_position_for_vectors_and_maps(name: str) -> None:
     if name in (*IN_STEPS, "compressai"):
-        without = "a code without places: use gdn or conv, or mean_scale_hyperprior|convolutions take|takes images"
+        without = "a code without a grid: use gdn or conv, or mean_scale_hyperprior|convolutions take|takes images"
         with pytest.raises(AezooError, match=without):
             small(name, (7,), net="mlp")
         return

@@ -503,7 +503,7 @@ def test_config_without_argument_uses_class_default(tmp_path: Path) -> None:
         ({"kind": CONSISTENCY}, r"takes 3 channels, got \(1, 8, 8\): give --data.channels 3"),
         ({"kind": RAE, "config": {"encoder_type": "clip"}}, "does not take config .*encoder_type='clip'"),
         ({"kind": RAE, "config": {"encoder_patch_size": 0}}, "does not take config .*zero"),
-        ({"kind": RAE, "config": {"encoder_input_size": 10**9}}, "at most 256 places a side, got 71428571"),
+        ({"kind": RAE, "config": {"encoder_input_size": 10**9}}, "at most 256 positions per side, got 71428571"),
         ({"kind": CONSISTENCY, "config": {"decoder_num_train_timesteps": 512}}, "it decodes at .*1008, 512"),
     ],
 )

@@ -16,7 +16,7 @@ x_hat is the reconstruction of x, z its code:
                      SAP(x) = ||d(x)||^2
                      NAP(x) = ||(d(x) - mu)' V S^-1||^2     U S V' = the training rows d(x_i) - mu
     combined     tails, error, distance of the code and isolation in one, see `aezoo.tasks.detect_combined`
-    deep_svdd    ||f(x) - c||^2 for a copy f of the encoder, fine-tuned on the training samples, see detect_svdd
+    deep_svdd    ||f(x) - c||^2 for a copy f of the encoder, fine-tuned on the training samples, see detect_deep_svdd
 
 NAP is the Mahalanobis distance of d(x) divided by n - 1, so one class, `Mahalanobis`, computes both. The paper has more
 training samples than features; with fewer, directions without training variance dominate, see there.

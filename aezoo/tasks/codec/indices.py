@@ -40,7 +40,7 @@ _FRACTION_BITS = 8  # levels are rounded to 2^-8 of the smallest share
 
 
 class TokenPrior(Protocol):
-    """A distribution of a model's indices, token by token; see `aezoo.digit_sizes.token_prior`."""
+    """A distribution of a model's indices, token by token; see `aezoo.bases.token_prior`."""
 
     def to_tokens(self, indices: Tensor) -> Tensor:
         """(B, *index_shape) -> (B, T), the indices in the order in which they are sampled."""

@@ -259,7 +259,7 @@ def test_content_of_other_kinds_is_refused(tmp_path):
     for pickled in ([1, 2], {"model_state_dict": [1]}, {"model_state_dict": {3: torch.ones(1)}}):
         assert_refused(
             FOLDERS.write("VAE_mse", tmp_path, pickled=pickled),
-            "contains no named weights|there is no decoder",
+            "contains no named weights|the file has no decoder",
         )
     (tmp_path / "model.pt").write_bytes(b"\x80\x02damaged")
     assert_refused(tmp_path, "damaged")

@@ -60,7 +60,7 @@ def test_inpaint_refuses_wrong_shape():
 
 @pytest.mark.parametrize("name", ["mlvae", "triplet_ae", "semi_supervised_vae"])
 def test_labels_must_be_one_per_sample(name):
-    with pytest.raises(AezooError, match=r"labels must be one .* a sample, got torch.int64 of shape \(6, 1\)"):
+    with pytest.raises(AezooError, match=r"labels must be one .* per sample, got torch.int64 of shape \(6, 1\)"):
         model(name).loss(X, torch.zeros(6, 1).long())
 
 

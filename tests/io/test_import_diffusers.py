@@ -483,7 +483,10 @@ def test_deep_compression_autoencoders_as_diffusers_reads_them(tmp_path, more):
         ({"_class_name": "AutoencoderKLWan"}, "is made for videos"),
         ({"_class_name": "AutoencoderRAE"}, "ask for far more than the"),
         ({"_class_name": "AutoencoderRAE", "encoder_patch_size": "evil"}, "does not take config"),
-        ({"_class_name": "AutoencoderRAE", "encoder_patch_size": 1, "encoder_input_size": 10**6}, "at most 256 positions"),
+        (
+            {"_class_name": "AutoencoderRAE", "encoder_patch_size": 1, "encoder_input_size": 10**6},
+            "at most 256 positions",
+        ),
         ({"_class_name": "AutoencoderRAE", "encoder_hidden_size": 10**6}, "ask for far more than the"),
         ({"_class_name": "AutoencoderRAE", "encoder_type": "evil.Evil"}, "does not take config"),
         ({"_class_name": "ConsistencyDecoderVAE"}, "ask for far more than the"),

@@ -22,7 +22,7 @@ samples: settings are those of the paper or its code as far as they are known, w
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,6 +89,11 @@ class Paper(NamedTuple):
     by_error: bool = False
     alpha: float | None = None
     init_rows: int = 0
+
+    @property
+    def set_name(self) -> str:
+        """The name of the data without the kind before it."""
+        return self.data.rpartition(":")[2]
 
 
 _NOTEBOOKS = "the authors' notebooks, AUROC of predictions"
@@ -252,24 +257,17 @@ def score(model: Any, x: "Tensor", by_error: bool) -> "Tensor":
     return found
 
 
-def settings_of(arguments: Any) -> Iterator[tuple[Paper, str, Callable[[int], Samples]]]:
-    """Each paper and normal class whose data are at hand, with a function of the seed that reads them."""
-    tables = {} if arguments.adbench is None else adbench_data.sets_in(arguments.adbench)
+def settings_of(arguments: Any, tables: Mapping[str, Path]) -> list[tuple[Paper, str]]:
+    """Each paper whose data are at hand, with each normal class; "" for a table."""
+    found: list[tuple[Paper, str]] = []
     for paper in PAPERS:
-        kind, _, name = paper.data.partition(":")
         if paper.model not in arguments.only:
             continue
-        if kind == "adbench" and name in tables:
-            yield paper, "", lambda seed, path=tables[name]: halves(path, seed)  # type: ignore[misc]
-        if kind == "mnist" and arguments.root is not None:
-            for digit in arguments.classes:
-                yield (
-                    paper,
-                    digit,
-                    lambda seed, digit=digit, paper=paper: one_digit(  # type: ignore[misc]
-                        arguments.root, digit, paper.contrast
-                    ),
-                )
+        if paper.data == "mnist":  # ADBench also has a set of that name
+            found += [(paper, digit) for digit in arguments.classes if arguments.root is not None]
+        elif paper.set_name in tables:
+            found.append((paper, ""))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -284,20 +282,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seeds", type=at_least(1), default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
     add("--epochs", type=at_least(1), metavar="N", help="epochs of each phase, instead of the papers'")
     arguments = parser.parse_args(argv)
-    found = list(settings_of(arguments))
+    tables = {} if arguments.adbench is None else adbench_data.sets_in(arguments.adbench)
+    found = settings_of(arguments, tables)
     if not found:
         parser.error("give --adbench DIR, --root DIR or both, with the data of one of the models")
     command = command_line("detector_papers", argv, folders=("--adbench", "--root"))
     where = environment(arguments, accelerator="cpu")
     table = ResultsCSV(arguments.results / f"detector-papers-{where}.csv", KEY, command, arguments.again)
     for seed in range(arguments.seeds):
-        for paper, normal, read in found:
-            key = {"model": paper.model, "data": paper.data.partition(":")[2] or paper.data, "normal": normal}
-            if table.needs(key | {"seed": seed}):
+        for paper, normal in found:
+            key = {"model": paper.model, "data": paper.set_name, "normal": normal, "seed": seed}
+            if table.needs(key):
+                if paper.data == "mnist":
+                    samples = one_digit(arguments.root, normal, paper.contrast)
+                else:
+                    samples = halves(tables[paper.set_name], seed)
                 published = {"published": paper.published.get(normal), "source": paper.source}
-                row = measure(paper, read(seed), seed, arguments.epochs)
-                table.put(key | {"seed": seed} | published | row)
-                print(table.find(key | {"seed": seed}), flush=True)
+                table.put(key | published | measure(paper, samples, seed, arguments.epochs))
+                print(table.find(key), flush=True)
     print(table.path)
 
 

@@ -190,6 +190,24 @@ PROBE = (
 )
 
 
+def merge_groups(
+    rows: Sequence[Row], keys: Sequence[str], measures: Sequence[str], middle: Callable[[list[float]], float]
+) -> list[Row]:
+    """A row for each group of rows with equal `keys`: of `measures` the middle, lowest and highest; and `seeds`."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in keys), []).append(row)
+    merged = []
+    for group in groups.values():
+        found = group[0] | {"seeds": str(len(group))}
+        for name in measures:
+            if values := [value for row in group if (value := number(row, name)) is not None]:
+                low, high = min(values), max(values)
+                found |= {name: repr(middle(values)), f"{name}_low": repr(low), f"{name}_high": repr(high)}
+        merged.append(found)
+    return merged
+
+
 def markdown(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """A Markdown table without empty columns."""
     table = [(column.heading, [column.cell(row) for row in rows]) for column in columns]

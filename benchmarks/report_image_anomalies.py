@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from .common import number
-from .report_columns import Column, Row, markdown, spread, words
+from .report_columns import Column, Row, markdown, merge_groups, spread, words
 
 COLUMNS: tuple[Column, ...] = (
     *(words("data", "data"), words("normal", "normal"), words("method", "method"), words("epochs", "epochs")),
@@ -26,18 +26,7 @@ PUBLISHED: tuple[Row, ...] = (
 
 def merge_seeds(rows: Sequence[Row]) -> list[Row]:
     """A row for each data set, normal class, method and budget: the median, lowest and highest figures of its seeds."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("data", "normal", "method", "epochs")), []).append(row)
-    merged = []
-    for group in groups.values():
-        found = group[0] | {"seeds": str(len(group))}
-        for name in ("auroc", "aupr"):
-            values = [value for row in group if (value := number(row, name)) is not None]
-            found[name] = repr(statistics.median(values))
-            found |= {f"{name}_low": repr(min(values)), f"{name}_high": repr(max(values))}
-        merged.append(found)
-    return merged
+    return merge_groups(rows, ("data", "normal", "method", "epochs"), ("auroc", "aupr"), statistics.median)
 
 
 def tables(rows: Sequence[Row]) -> str:

@@ -66,6 +66,24 @@ def test_encoder_only_phase_keeps_the_decoder():
     assert changed == {"encoder"}
 
 
+def test_deep_svdd_on_mnist_has_the_network_of_its_authors(monkeypatch):
+    (paper,) = (paper for paper in PAPERS if paper.model == "deep_svdd")
+    models = []
+    monkeypatch.setattr(detector_papers, "train", lambda model, *_: models.append(model))
+    x = torch.rand(30, 1, 28, 28)
+    samples = detector_papers.Samples(x, x, np.arange(30) < 5)
+    detector_papers.measure(paper, samples, 0)
+    model = models[-1]
+    # 5 x 5 kernels of 8 and 4 channels, 2 x 2 pooling twice, 32 numbers; nothing but weights is trained
+    shapes = [(*weight.shape,) for weight in model.encoder.parameters()]
+    assert shapes == [(8, 1, 5, 5), (4, 8, 5, 5), (32, 4 * 7 * 7)]
+    model.eval()
+    assert model(x).shape == x.shape and not model.encoder(torch.zeros_like(x)).any()
+    codes = model.encoder(x)
+    torch.testing.assert_close(model.centre_D.sign(), codes.mean(0).sign())
+    torch.testing.assert_close(model.score(x), (codes - model.centre_D).square().sum(1))
+
+
 def test_rows_are_written_once_and_merged(tables, tmp_path, capsys):
     words = ["--adbench", str(tables), "--seeds", "2", "--epochs", "1", "--results", str(tmp_path / "out")]
     detector_papers.main(words)

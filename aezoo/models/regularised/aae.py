@@ -19,7 +19,13 @@ from aezoo.nets.blocks.adversarial import discriminator_parameter_groups
 class AAE(
     WAEGAN,
     hidden_dims={"mlp": (1000, 1000)},
-    defaults={"latent_dim": 8, "adversarial_weight": 1.0, "discriminator_dims": (1000, 1000)},
+    defaults={
+        "latent_dim": 8,
+        "adversarial_weight": 1.0,
+        "discriminator_dims": (1000, 1000),
+        # 5e-4 makes the discriminator so much better than the encoder that codes neither match the prior nor describe x
+        "discriminator_lr": 1e-5,
+    },
     tags=("generation",),
 ):
     """An autoencoder whose encoder is also the generator of a GAN: its codes are distributed like the prior.

@@ -51,7 +51,7 @@ class Phase(NamedTuple):
         epochs: its length.
         lr: learning rate of Adam.
         term: what is minimised, a term of the model's loss.
-        encoder_only: whether only the encoder is trained.
+        encoder_only: whether only the encoder is trained, by Deep SVDD's objective of one class instead of `term`.
         decay_at: share of the epochs after which the learning rate is divided by 10.
         weight_decay: of Adam, added to the gradient.
     """
@@ -132,7 +132,7 @@ PAPERS = (
         dict(zip(_DIGITS, (0.980, 0.997, 0.917, 0.919, 0.949, 0.885, 0.983, 0.946, 0.939, 0.965), strict=True)),
         "Ruff et al. 2018, table 1, one-class",
         {"net": "conv", "latent_dim": 32},
-        (Phase(150, 1e-4, "nll", False, 1 / 3, 2.5e-4), Phase(150, 1e-4, "svdd", True, 1 / 3, 5e-7)),
+        (Phase(150, 1e-4, "nll", False, 1 / 3, 2.5e-4), Phase(150, 1e-4, "", True, 1 / 3, 5e-7)),
         batch=200,
         contrast=True,
         init_rows=60_000,
@@ -222,6 +222,7 @@ def measure(paper: Paper, samples: Samples, seed: int, epochs: int | None = None
     model: Any = aezoo.create_model(paper.model, tuple(x.shape[1:]), **settings)
     if paper.lenet:
         model.encoder, model.decoder = lenet_autoencoder()
+        model.to(memory_format=torch.channels_last)  # a third less time on a CPU
     start = time.perf_counter()
     for i, phase in enumerate(paper.phases):
         if paper.init_rows and i == len(paper.phases) - 1:
@@ -248,6 +249,13 @@ def train(model: Any, x: "Tensor", phase: Phase, batch: int) -> None:
     """Minimise one term of the loss with Adam."""
     import torch
 
+    def objective(x: "Tensor") -> "Tensor":
+        if phase.encoder_only:  # the loss would also decode, which takes longer
+            found: Tensor = model.distances(model.encode(x)).mean()
+        else:
+            found = model.loss(x)[phase.term]
+        return found
+
     part = model.encoder if phase.encoder_only else model
     optimizer = torch.optim.Adam(part.parameters(), phase.lr, weight_decay=phase.weight_decay)
     model.train()
@@ -257,7 +265,7 @@ def train(model: Any, x: "Tensor", phase: Phase, batch: int) -> None:
         for index in torch.randperm(len(x)).split(batch):
             if len(index) == batch or len(x) < batch:
                 optimizer.zero_grad()
-                model.loss(x[index])[phase.term].backward()
+                objective(x[index]).backward()
                 optimizer.step()
 
 

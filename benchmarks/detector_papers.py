@@ -16,7 +16,8 @@ samples: settings are those of the paper or its code as far as they are known.
 - deep_svdd: trained on one digit, scaled by its L1 contrast and to [0, 1] (section 4.2): first as an autoencoder, then
   the encoder by the one-class objective around the mean of all codes; network, epochs, learning rates and weight decay
   of the authors' code (https://github.com/lukasruff/Deep-SVDD-PyTorch). The weight decay of the autoencoder is half of
-  theirs, since the loss here has half of the summed squares.
+  theirs, since the loss here has half of the summed squares. The published figures are of their earlier code
+  (https://github.com/lukasruff/Deep-SVDD), where the first layer's filters start as atoms of a dictionary of patches.
 - memory_ae: trained on one digit, in [0, 1]; the score is the error of the reconstruction. The encoder has one code for
   each image. The convolutional network is the zoo's with 16 and 32 channels.
 """

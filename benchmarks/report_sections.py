@@ -111,8 +111,10 @@ SECTIONS = (
         "figure. The docstring of `benchmarks.detector_papers` has each setting and what differs from the paper. "
         "AE-1SVM's authors publish the AUROC of two-valued predictions, which also depends on the threshold; their own "
         "log of ForestCover has 0.44, 0.38, 0.46, 0.39 and 0.95 after epochs 1 to 5, so its figure there is that of "
-        "one epoch. Papers whose sets are not at hand have no row: DAGMM (KDD Cup 99, Thyroid, Arrhythmia), ALAD (KDD "
-        "Cup 99, Arrhythmia, SVHN, CIFAR-10), and GANomaly, whose figures for MNIST are only drawn.",
+        "one epoch. Deep SVDD has the network and settings of its authors' PyTorch code; the published figures are of "
+        "their earlier code, which also starts the first layer's filters as atoms of a dictionary. Papers whose sets "
+        "are not at hand have no row: DAGMM (KDD Cup 99, Thyroid, Arrhythmia), ALAD (KDD Cup 99, Arrhythmia, SVHN, "
+        "CIFAR-10), and GANomaly, whose figures for MNIST are only drawn.",
         report_detector_papers.COLUMNS,
         after=report_detector_papers.tables,
     ),

@@ -51,8 +51,7 @@ class Phase(NamedTuple):
     Attributes:
         epochs: its length.
         lr: learning rate of Adam.
-        term: what is minimised, a term of the model's loss.
-        encoder_only: whether only the encoder is trained, by Deep SVDD's objective of one class instead of `term`.
+        term: what is minimised, a term of the model's loss; svdd trains only the encoder.
         decay_at: share of the epochs after which the learning rate is divided by 10.
         weight_decay: of Adam, added to the gradient.
     """
@@ -60,7 +59,6 @@ class Phase(NamedTuple):
     epochs: int
     lr: float
     term: str = "loss"
-    encoder_only: bool = False
     decay_at: float = 1.0
     weight_decay: float = 0.0
 
@@ -133,7 +131,7 @@ PAPERS = (
         dict(zip(_DIGITS, (0.980, 0.997, 0.917, 0.919, 0.949, 0.885, 0.983, 0.946, 0.939, 0.965), strict=True)),
         "Ruff et al. 2018, table 1, one-class",
         {"net": "conv", "latent_dim": 32},
-        (Phase(150, 1e-4, "nll", False, 1 / 3, 2.5e-4), Phase(150, 1e-4, "", True, 1 / 3, 5e-7)),
+        (Phase(150, 1e-4, "nll", 1 / 3, weight_decay=2.5e-4), Phase(150, 1e-4, "svdd", 1 / 3, weight_decay=5e-7)),
         batch=200,
         contrast=True,
         init_rows=60_000,
@@ -250,14 +248,8 @@ def train(model: Any, x: "Tensor", phase: Phase, batch: int) -> None:
     """Minimise one term of the loss with Adam."""
     import torch
 
-    def objective(x: "Tensor") -> "Tensor":
-        if phase.encoder_only:  # the loss would also decode, which takes longer
-            found: Tensor = model.distances(model.encode(x)).mean()
-        else:
-            found = model.loss(x)[phase.term]
-        return found
-
-    part = model.encoder if phase.encoder_only else model
+    is_svdd = phase.term == "svdd"
+    part = model.encoder if is_svdd else model
     optimizer = torch.optim.Adam(part.parameters(), phase.lr, weight_decay=phase.weight_decay)
     model.train()
     for epoch in range(phase.epochs):
@@ -266,7 +258,10 @@ def train(model: Any, x: "Tensor", phase: Phase, batch: int) -> None:
         for index in torch.randperm(len(x)).split(batch):
             if len(index) == batch or len(x) < batch:
                 optimizer.zero_grad()
-                objective(x[index]).backward()
+                chosen = x[index]
+                # the loss would also decode, which takes longer
+                term = model.distances(model.encode(chosen)).mean() if is_svdd else model.loss(chosen)[phase.term]
+                term.backward()
                 optimizer.step()
 
 

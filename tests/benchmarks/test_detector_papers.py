@@ -58,10 +58,10 @@ def test_ae1svm_loss_weighs_the_mean_squared_error_by_alpha(tables, monkeypatch)
     torch.testing.assert_close(terms["loss"], expected)
 
 
-def test_encoder_only_phase_keeps_the_decoder():
+def test_svdd_phase_keeps_the_decoder():
     model, x = aezoo.create_model("deep_svdd", (6,), latent_dim=2, hidden_dims=(4,)), torch.rand(40, 6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    detector_papers.train(model, x, Phase(2, 1e-2, encoder_only=True), 10)
+    detector_papers.train(model, x, Phase(2, 1e-2, "svdd"), 10)
     changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"encoder"}
 

@@ -3,7 +3,6 @@
     python -m benchmarks.adbench FOLDER                                     all of them: days of one core
     python -m benchmarks.adbench FOLDER --settings unsupervised --seeds 1 --detectors default vae pyod.IForest
     python -m benchmarks.adbench FOLDER --sets tuning --detectors default "default:scale=standard,max_epochs=50"
-    python -m benchmarks.adbench --report                                   write the page and pictures from the CSVs
 
 FOLDER contains sets as ADBench publishes them (https://github.com/Minqi824/ADBench): .npz files with X (n, d) and y
 (n,), 1 for an anomaly. At most --max-rows of a set are used, 70 % for training and 30 % for the test, stratified and
@@ -91,45 +90,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = common.build_parser("adbench", __doc__)
     add, settings = parser.add_argument, [*adbench_data.LEVELS]
-    add("folder", nargs="?", type=Path, metavar="FOLDER", help="folder of the sets")
+    add("folder", type=Path, metavar="FOLDER", help="folder of the sets")
     add(
         "--sets", nargs="+", metavar="NAME", help="sets by name, tuning (ten of them) or judging (the others); else all"
     )
     add("--detectors", nargs="+", default=["all"], metavar="NAME", help="names or groups, see below (default all)")
     add("--settings", nargs="+", choices=settings, default=settings, metavar="NAME", help=f"of {', '.join(settings)}")
     add("--max-rows", type=common.at_least(50), default=6000, metavar="N", help="most rows of a set (default 6000)")
-    add("--report", action="store_true", help="only write the page of results and its pictures from the CSVs")
     common.add_run_flags(parser, "fit", timeout=600, seeds=5, accelerator="cpu")
-    arguments = parser.parse_args(argv)
-    if arguments.folder is None and not arguments.report:
-        parser.error("give FOLDER, the folder of the sets, or --report")
-    return arguments
-
-
-def write_report(folder: Path) -> None:
-    """Write the page of results and its pictures.
-
-    Raises:
-        AezooError: no CSV has all rows of a detector, or a file cannot be written.
-    """
-    from . import report, report_adbench
-
-    home = report.home_of(folder)
-    found = report.adbench_pages(folder, home)
-    if not found:
-        raise AezooError(f"no complete adbench-*.csv in {folder}: measure first, or give --results DIR")
-    texts = {report.pages_folder(home) / name: text for name, text in found.items()}
-    report.write_texts(texts)
-    print(*report_adbench.draw(report_adbench.read(folder), folder / "pictures"), *texts, sep="\n")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the requested rows that do not exist yet, or write the page."""
+    """Measure the requested rows that do not exist yet."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parse_arguments(argv)
-    if arguments.report:
-        write_report(arguments.results)
-        return
     # the folder depends on the machine; a Path has no slash at its end
     words = [word if Path(word) != arguments.folder else "FOLDER" for word in argv]
     command = common.command_line("adbench", words, left_out=("--jobs",))

@@ -3,9 +3,8 @@
     python -m benchmarks.published --root FOLDER                        all, the cheapest first
     python -m benchmarks.published mnist_vae mnist_hvae --root FOLDER --seeds 3
     python -m benchmarks.published --root FOLDER --seconds 600          at most so long each; the same command continues
-    python -m benchmarks.published --heads                              only rewrite the recipes' heads from the CSV
 
-`python -m benchmarks.recipes --tables` writes the table of these recipes in `docs/recipes.md`.
+`python -m benchmarks.report` writes the figures into the recipes' heads and the table in `docs/recipes.md`.
 
 A recipe whose head has a line `# target:` has the setting of a published figure; a line `# test:` names other data on
 which that figure was measured. FOLDER contains MNIST and, if available, Larochelle's binary digits. Without these, the
@@ -137,10 +136,10 @@ def head(rows: Sequence[dict[str, str]], environment: str) -> str:
     )
 
 
-def write_heads(table: common.ResultsCSV) -> None:
+def write_heads(csv: Path) -> None:
     """Write the figures of the CSV into their recipes."""
-    environment = table.path.stem.removeprefix("published-")
-    rows = by_recipe(table.rows)
+    environment = csv.stem.removeprefix("published-")
+    rows = by_recipe(common.read_csv(csv)[1])
     for name, path in published().items():
         if name in rows:
             text = path.read_text(encoding="utf-8")
@@ -156,7 +155,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--root", type=Path, default=Path("data"), help="folder that contains MNIST")
     add("--seconds", type=common.seconds, help="end a run after so long; the next call continues with it")
     add("--keep", type=Path, default=common.ROOT / "build" / "published", metavar="DIR", help="folder of the runs")
-    add("--heads", action="store_true", help="run nothing, rewrite the recipes' heads from the CSV")
     common.add_run_flags(parser, "run", timeout=14 * 86400)
     parser.set_defaults(seeds=1)
     arguments = parser.parse_args(argv)
@@ -166,16 +164,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the requested recipes that have not reached their ends, and write their figures into their heads."""
+    """Run the requested recipes that have not reached their ends."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
     path = arguments.results / f"published-{common.environment(arguments)}.csv"
-    if arguments.heads:
-        path = max(arguments.results.glob("published-*.csv"), default=path)
     command = common.command_line("published", argv, left_out=("--keep",))
     table = common.ResultsCSV(path, KEY, command, arguments.again)
     known = published()
-    names = [] if arguments.heads else arguments.recipes or known
+    names = arguments.recipes or known
     specs = [spec(known[name], seed, arguments) for seed in range(arguments.seeds) for name in names]
     specs = [each for each in specs if arguments.again or not is_finished(table.find(each["row"]))]
     table.check_writable()
@@ -185,7 +181,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.put({name: row.get(name) for name in COLUMNS})
         figure = row.get("error") or f"{row['metric']} {row['reached']:.2f}, published {row['published']}"
         print(f"{row['recipe']}, seed {row['seed']}, {row.get('epochs', 0)} epochs: {figure}", flush=True)
-    write_heads(table)
 
 
 if __name__ == "__main__":

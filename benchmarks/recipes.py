@@ -1,12 +1,9 @@
-"""Train recipes and write their results to a CSV, into the recipes' heads, and into generated tables.
-
-The tables are those of `docs/models.md`, `docs/choose.md` and `docs/recipes.md`, and the families of `README.md`.
+"""Train recipes and write their results to a CSV; `python -m benchmarks.report` writes them into heads and tables.
 
     python -m benchmarks.recipes                      all recipes that are not in the CSV yet
     python -m benchmarks.recipes vae dense_article --again
                                                       these, whether they are in the CSV or not
     python -m benchmarks.recipes --root /usr/share/datasets fashion_vae
-    python -m benchmarks.recipes --tables             only rewrite the heads and tables from the CSV
 
 Each recipe runs in its own process and in a temporary folder, with the command in its head. The pictures named in
 `PICTURES` are copied to `benchmarks/results/pictures`.
@@ -301,26 +298,12 @@ def replace_table(text: str, mark: str, table: str) -> str:
 
 def newest_results() -> Path:
     """The CSV that the heads and tables are made from: the last one by name, which is that of the newest torch."""
-    return max(RESULTS.glob("quality-recipes-*.csv"), default=RESULTS / f"quality-recipes-{environment()}.csv")
+    return max(RESULTS.glob("quality-recipes-*.csv"))
 
 
-def main() -> None:
-    """Train the requested recipes that have no row yet, and rewrite the heads and tables with their figures."""
-    parser = base_parser("recipes", __doc__)
-    parser.add_argument(
-        "recipes", nargs="*", choices=[*trainable_recipes(), []], help="recipes to train; all if none is given"
-    )
-    parser.add_argument("--root", help="folder that contains Fashion-MNIST")
-    parser.add_argument("--tables", action="store_true", help="train nothing, rewrite heads and tables from the CSV")
-    add_again_flag(parser)
-    arguments = parser.parse_args()
-    path = newest_results() if arguments.tables else RESULTS / f"quality-recipes-{environment()}.csv"
-    table = ResultsCSV(path, ("recipe",), command_line("recipes", sys.argv[1:]), arguments.again)
-    for name in [] if arguments.tables else arguments.recipes or trainable_recipes():
-        if table.needs({"recipe": name}):
-            table.put(train(name, arguments.root))
-        else:
-            print(f"{name} is already in the CSV: --again trains it again", file=sys.stderr)
+def write_tables() -> None:
+    """Write the figures of the newest CSV into the recipes' heads, and the generated tables of README and `docs/`."""
+    path = newest_results()
     rows = read_rows(path)
     for name, file in trainable_recipes().items():
         if name in rows:
@@ -328,6 +311,24 @@ def main() -> None:
             file.write_text(text)
     for page, text in updated_pages(rows).items():
         page.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Train the requested recipes that have no row yet."""
+    parser = base_parser("recipes", __doc__)
+    parser.add_argument(
+        "recipes", nargs="*", choices=[*trainable_recipes(), []], help="recipes to train; all if none is given"
+    )
+    parser.add_argument("--root", help="folder that contains Fashion-MNIST")
+    add_again_flag(parser)
+    arguments = parser.parse_args()
+    path = RESULTS / f"quality-recipes-{environment()}.csv"
+    table = ResultsCSV(path, ("recipe",), command_line("recipes", sys.argv[1:]), arguments.again)
+    for name in arguments.recipes or trainable_recipes():
+        if table.needs({"recipe": name}):
+            table.put(train(name, arguments.root))
+        else:
+            print(f"{name} is already in the CSV: --again trains it again", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Turn the CSVs of the benchmarks into RESULTS.md, pages and pictures; none contains hand-written figures.
+"""Turn the CSVs of the benchmarks into RESULTS.md, pages, tables and pictures; none contains hand-written figures.
 
-    python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md, docs/results and
-                                                   aezoo/results.json, the figures of `aezoo info`
+    python -m benchmarks.report                    benchmarks/results -> benchmarks/RESULTS.md, docs/results,
+                                                   aezoo/results.json (the figures of `aezoo info`), the heads of
+                                                   recipes, and the tables of README.md and docs/
     python -m benchmarks.report --results DIR      another folder; RESULTS.md and the pages are written into it
 
 Each table stands below the first commands from the head of its CSV. Missing parts are left out with a message.
@@ -15,6 +16,8 @@ from pathlib import Path
 from aezoo.errors import AezooError
 
 from . import (
+    published,
+    recipes,
     report_adbench,
     report_detector_papers,
     report_image_anomalies,
@@ -129,7 +132,8 @@ def pages(folder: Path, home: Path) -> tuple[dict[str, str], dict[str, list[Row]
     """The text of each page, by the name of its file in `pages_folder(home)`, and the rows of each CSV by its stem."""
     text, rows = tables(folder, pages_folder(home))
     found = {"targets.md": _page_of(target_table(rows), home)}
-    for topic in text.split(f"\n\n{_TOPIC}"):
+    # without text, all CSVs have pages of their own
+    for topic in text.split(f"\n\n{_TOPIC}") if text else ():
         intro, *parts = (_TOPIC + topic.removeprefix(_TOPIC)).split(f"\n\n{_PART}")
         for name, chosen in _shares(intro, parts):
             whole = "\n\n".join([intro, *(_PART + part for part in chosen)])
@@ -245,6 +249,8 @@ def adbench_pages(folder: Path, home: Path) -> dict[str, str]:
     """The page of anomaly detection on tables, by the name of its file; empty without complete rows."""
     files, place = report_adbench.read(folder), pages_folder(home)
     found = report_adbench.pages(files, folder / "pictures", place)
+    if files and not found:
+        print(f"no detector has all its rows in {report_adbench.PREFIX}*.csv in {folder.name}: their page is left out")
     return {name: fit(_page_of(f"{_TOPIC}{report_adbench.TITLE}\n\n{text}", home)) for name, text in found.items()}
 
 
@@ -385,6 +391,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_pages(found, draw_pictures(folder, rows), home)
     if home == PACKAGE:
         write_texts({report_info.path(): report_info.text(rows)})
+        # after results.json, which the table of docs/choose.md shows
+        published.write_heads(max(folder.glob("published-*.csv")))
+        recipes.write_tables()
     for what in targets.missed_targets(rows):
         print(f"target not reached: {what}")
     print(home / "RESULTS.md")

@@ -39,12 +39,11 @@ _SETTINGS = {
     "over the levels.",
 }
 _TEXT = (
-    "`python -m benchmarks.adbench --report` writes this page from the CSVs in `benchmarks/results`. Sets are those of "
-    "ADBench (Han et al. 2022): {max_rows} rows of each at most (anomalies at their share, but at least 20), 70 % for "
-    "training and 30 % for the test, stratified, standardised on the training rows. Small sets are not filled up with "
-    "copies of their rows, as ADBench does, since copies would be in both parts. `default` is "
-    "`AutoencoderDetector()`, other plain names are models of the zoo in that estimator, `pyod.` is PyOD; all with "
-    "their own defaults but for settings in a name.\n\n"
+    "Sets are those of ADBench (Han et al. 2022): {max_rows} rows of each at most (anomalies at their share, but at "
+    "least 20), 70 % for training and 30 % for the test, stratified, standardised on the training rows. Small "
+    "sets are not filled up with copies of their rows, as ADBench does, since copies would be in both parts. "
+    "`default` is `AutoencoderDetector()`, other plain names are models of the zoo in that estimator, `pyod.` is PyOD; "
+    "all with their own defaults but for settings in a name.\n\n"
     "**Judged on** the sets that are not for choosing hyperparameters; those are {tuning}. The score, the code "
     "and the steps of `default` were chosen on these; other versions of it (other scores and weights in its "
     "combination, fewer and more steps) were run on all sets, too, so its judging sets are not quite unseen. AUROC and "

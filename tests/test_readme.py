@@ -32,7 +32,7 @@ def test_tables_and_headers_match_newest_results():
     rows = benchmark.read_rows(benchmark.newest_results())
     assert rows.keys() == benchmark.trainable_recipes().keys()
     for path, text in benchmark.updated_pages(rows).items():
-        assert text == path.read_text(encoding="utf-8"), "run `python -m benchmarks.recipes --tables`"
+        assert text == path.read_text(encoding="utf-8"), "run `python -m benchmarks.report`"
     for name, path in benchmark.trainable_recipes().items():
         line = benchmark.result_line(rows[name], benchmark.newest_results())
         assert line in path.read_text(encoding="utf-8").splitlines()

@@ -5,11 +5,13 @@
     python -m benchmarks.quality --data fashion_mnist --root /usr/share/datasets --seeds 1 --jobs 2
     python -m benchmarks.quality --data fashion_mnist --root /usr/share/datasets --seeds 3 --top 10 --jobs 2
     python -m benchmarks.quality --data shapes --size 32 --rows 5000
+    python -m benchmarks.quality --data digits --without-causes     models that may be behind PCA, see benchmarks.causes
 
 There are three kinds of codes, which cannot be compared with each other. With --code-sizes 16, a code of kind numbers
 has 16 numbers; of kind bits, 128 bits, as indices (as many as 16 numbers of 8 bits, each); of kind active, 16 of its
-numbers differ from 0, if the model has a setting for it (otherwise the column l0 has their number). Models whose
-codes cannot have such a size are left out, with the reason. All other settings are the models' defaults.
+numbers differ from 0, if the model has a setting for it (otherwise the column l0 has their number, without numbers that
+its decoder does not use). Models whose codes cannot have such a size are left out, with the reason. All other settings
+are the models' defaults.
 
 A run evaluates at most 4,000 validation samples every --interval steps, always with the same noise. It has converged
 if the monitored figure has not fallen for --patience evaluations by --least of its fall since the first step. The
@@ -31,7 +33,7 @@ Rows are written one by one, and existing rows of the same model, code, seed and
 interrupted continues where it stopped. A longer --most-seconds only repeats runs that were cut off by a shorter one.
 --again repeats all. Every run is a separate process, so a crash affects one row, which records the reason. --top 10
 measures further seeds only for the ten models of each kind that have the lowest mse at seed 0. Compare speeds only for
---jobs 1 on a quiet machine.
+--jobs 1 on a quiet machine. With --without-causes, rows are in a CSV of their own, causes-*.csv.
 """
 
 import argparse
@@ -39,7 +41,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from aezoo.errors import AezooError
 
 from . import common
 from .bits import bits_per_sample, options_text
+from .causes import without_cause
 from .parallel import run_rows
 from .quality_table import BASELINE, KEY, QualityTable, dataset_name
 
@@ -182,9 +185,12 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
     fixed["most_seconds"] = arguments.most_seconds
     specs: list[dict[str, Any]] = []
     for entry in map(registry.find, arguments.models or registry.list_models()):
+        changes = without_cause(entry.name, input_shape) if arguments.without_causes else {}
+        if arguments.without_causes and not changes:
+            continue
         for size in arguments.code_sizes:
             try:
-                columns, hyperparameters = code_columns(entry.name, size, input_shape)
+                columns, hyperparameters = code_columns(entry.name, size, input_shape, changes)
             except AezooError as error:
                 print(f"{entry.name} is left out at code size {size}: {error}", file=sys.stderr)
                 continue
@@ -197,16 +203,19 @@ def plan(arguments: argparse.Namespace, data: dict[str, Any], input_shape: tuple
     return sorted(specs, key=lambda spec: int(spec["seed"]))
 
 
-def code_columns(name: str, size: int, input_shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The columns that describe a model's code, and its hyperparameters.
+def code_columns(
+    name: str, size: int, input_shape: tuple[int, ...], changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The columns that describe a model's code, and its hyperparameters, of which `changes` are not the defaults.
 
     Raises:
         AezooError: the model has no code of this size.
     """
     kind, hyperparameters = code_settings(name, size, input_shape)
+    hyperparameters |= changes
     model: Any = registry.create_model(name, input_shape, **hyperparameters)
     code_size = math.prod(model.code_shape)
-    if kind == "numbers" and code_size != size:
+    if kind == "numbers" and code_size != size and not changes:
         raise AezooError(f"its code has {code_size} numbers, and no setting for {size}")
     row = {"kind": kind, "size": size, "code_size": code_size, "options": options_text(hyperparameters)}
     if kind == "bits":
@@ -247,6 +256,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--least", type=float, default=5e-4, metavar="SHARE", help="least improvement, see below (default 0.0005)")
     add("--most-seconds", type=common.seconds, default=300.0, help="end a run after this long (default 300)")
+    add("--without-causes", action="store_true", help="train models without the causes of errors above PCA's")
     add("--top", type=count, metavar="N", help="seeds above 0 only for the N best models of each kind")
     add("--probe-rows", type=count, default=10_000, help="maximum training codes of a classifier (default 10000)")
     add("--importance-samples", type=count, default=100, help="draws for each log_likelihood (default 100)")
@@ -264,7 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, options = common.download_data(arguments.data, arguments.root, arguments.batch_size, arguments.size)
     options |= {"rows": arguments.rows}
     specs = plan(arguments, options, data.input_shape)
-    path = f"quality-{specs[0]['row']['dataset']}-{common.environment(arguments, arguments.precision)}.csv"
+    prefix = "causes" if arguments.without_causes else "quality"
+    path = f"{prefix}-{specs[0]['row']['dataset']}-{common.environment(arguments, arguments.precision)}.csv"
     table = QualityTable(arguments.results / path, KEY, common.command_line("quality", argv), arguments.again)
     if arguments.top:
         specs = only_best(specs, table, arguments.top)

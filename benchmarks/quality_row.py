@@ -19,6 +19,7 @@ from aezoo.data.source import ArrayDataset, Stage
 from aezoo.errors import AezooError
 from aezoo.metrics import Evaluation
 from aezoo.metrics.similarity import psnr
+from aezoo.models.sparse.wta_ae import WTAAE
 from aezoo.tasks.embed_codes import choose_rows, probe_accuracies
 from aezoo.tasks.fidelity import fid
 from aezoo.tasks.fidelity_features import Features, choose_features
@@ -155,6 +156,15 @@ def _encode(model: aezoo.Autoencoder, x: Tensor) -> codes.Array:
     return torch.cat(parts).numpy()
 
 
+@torch.inference_mode()
+def _entries_decoded(model: aezoo.Autoencoder, code: codes.Array) -> codes.Array:
+    """Codes without the entries that the decoder does not use."""
+    if not isinstance(model, WTAAE):
+        return code
+    z = torch.from_numpy(code).view(-1, *model.code_shape).to(model.device)
+    return model.mask_units(z, model.above_theta).flatten(1).cpu().numpy()
+
+
 def _code_figures(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: int) -> dict[str, Any]:
     model.eval()
     x_test, y_test = data.tensors("test")
@@ -164,7 +174,7 @@ def _code_figures(model: aezoo.Autoencoder, data: aezoo.DataModule, probe_rows: 
     active = codes.active_units(code, hasattr(model, "posterior"))
     row: dict[str, Any] = {"code_size": code.shape[1], "active_units": active, "active_share": active / code.shape[1]}
     if model.sparse_code:
-        row["l0"] = codes.l0(code)
+        row["l0"] = codes.l0(_entries_decoded(model, code))
         train, test = (part.flatten(1).numpy() for part in (data.tensors("train")[0], x_test))
         size = max(1, round(row["l0"]))
         if size < min(train.shape):

@@ -184,7 +184,7 @@ def tables(folder: Path, home: Path) -> tuple[str, dict[str, list[Row]]]:
         for stem, (head, rows) in read.items()
     }
     # these have a page of their own
-    left = {stem: content for stem, content in read.items() if not stem.startswith(report_adbench.PREFIX)}
+    left = {stem: of for stem, of in read.items() if not stem.startswith((report_adbench.PREFIX, "causes-"))}
     parts: list[str] = []
     task_files = {stem: left.pop(stem) for stem in read if stem.startswith("tasks-")}
     for section in SECTIONS:
@@ -237,10 +237,11 @@ def zoo_pages(folder: Path) -> dict[str, str]:
     """The pages of the zoo, by the name of their file; empty without converged rows."""
     rows: list[Row] = []
     commands: dict[str, list[str]] = {}
+    causes = [row for path in sorted(folder.glob("causes-*.csv")) for row in merge_seeds(_read(path)[1])]
     for path in sorted(folder.glob("quality-*.csv")):
         head, runs = _read(path)
         if runs and "kind" in runs[0]:
-            rows += report_zoo.zoo_rows(runs, merge_seeds(runs))
+            rows += report_zoo.zoo_rows(runs, merge_seeds(runs), causes)
             commands.setdefault(runs[0]["dataset"], []).extend(head)
     return report_zoo.pages(rows, commands)
 

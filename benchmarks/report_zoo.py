@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from .bits import options_text
+from .causes import CAUSES
 from .common import number
 from .quality import LEFT_OUT
 from .report_columns import Column, Row, figures, format_number, markdown, spread, words
 from .report_pca import NOT_EXPLAINED
-from .report_pca import REASONS as REASONS_AT_FIXED_BUDGETS
 
 # models that textbooks and surveys name
 TEXTBOOK = (
@@ -14,12 +15,6 @@ TEXTBOOK = (
     *("vae", "beta_vae", "iwae", "vae_gan", "aae", "wae_mmd", "vq_vae", "vq_vae_2", "rq_vae", "fsq_vae", "topk_sae"),
     "sae_l1",
 )
-# reasons that were about short trainings, other sizes of codes, or errors from corrupted samples
-_NOT_AT_CONVERGENCE = (
-    *("categorical_vae", "dense_ae", "denoising_ae", "denoising_vae", "linear_ae", "maetok", "semantic_hash_ae"),
-    *("sequence_ae", "stacked_dae", "wta_ae"),
-)
-REASONS = {name: why for name, why in REASONS_AT_FIXED_BUDGETS.items() if name not in _NOT_AT_CONVERGENCE}
 KINDS = {
     "numbers": "Codes of {size} numbers",
     "bits": "Codes of {bits} bits",
@@ -52,10 +47,15 @@ def ratio(row: Row) -> float | None:
 
 
 def reason(row: Row) -> str:
-    """Why a row has a larger error than PCA: it was cut off, or what has been checked of its model."""
+    """Why a row has a larger error than PCA: it was cut off, or a cause and the error without it."""
     if "capped" in row["ended"]:
         return "the budget: its loss was still falling when its time was up"
-    return REASONS.get(row["model"], NOT_EXPLAINED)
+    found = number(row, "without_cause")
+    if found is None:
+        return NOT_EXPLAINED
+    cause = CAUSES[row["model"]]
+    changes = options_text(cause.without) + " and samples of one part" * cause.whole
+    return f"{cause.words if found <= 1 else NOT_EXPLAINED}: {found:.2g} with {changes}"
 
 
 def behind(rows: Iterable[Row]) -> list[Row]:
@@ -65,17 +65,19 @@ def behind(rows: Iterable[Row]) -> list[Row]:
 
 def unexplained(rows: Iterable[Row]) -> list[str]:
     """Models with a larger error than PCA somewhere for which no reason has been checked."""
-    return [*dict.fromkeys(row["model"] for row in behind(rows) if reason(row) == NOT_EXPLAINED)]
+    return [*dict.fromkeys(row["model"] for row in behind(rows) if reason(row).startswith(NOT_EXPLAINED))]
 
 
-def zoo_rows(runs: Sequence[Row], merged: Sequence[Row]) -> list[Row]:
+def zoo_rows(runs: Sequence[Row], merged: Sequence[Row], causes: Sequence[Row]) -> list[Row]:
     """Medians over seeds of the converged trainings, with how they ended; one budget and code size for each data set.
 
     Args:
         runs: rows of all seeds.
         merged: their medians, see `report.merge_seeds`.
+        causes: medians of trainings without the causes of errors above PCA's, see `benchmarks.causes`.
     """
     found = []
+    without = {(row["dataset"], row["model"]): ratio(row) for row in causes if row["model"] in CAUSES}
     for row in merged:
         if row.get("kind") not in KINDS or row["seeds"] == "0":
             continue
@@ -83,7 +85,8 @@ def zoo_rows(runs: Sequence[Row], merged: Sequence[Row]) -> list[Row]:
         ends = [run["stopped"] for run in runs if all(run.get(k) == row.get(k) for k in key) and run.get("stopped")]
         counts = {end: ends.count(end) for end in dict.fromkeys(ends)}
         text = ", ".join(end if len(counts) == 1 else f"{end} {count}" for end, count in counts.items())
-        found.append(row | {"ended": text})
+        checked = without.get((row["dataset"], row["model"]))
+        found.append(row | {"ended": text, "without_cause": "" if checked is None else repr(checked)})
     usual: dict[str, list[tuple[str, str]]] = {}
     for row in found:
         usual.setdefault(row["dataset"], []).append((row["budget"], row["size"]))

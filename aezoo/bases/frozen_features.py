@@ -54,6 +54,8 @@ class FrozenFeatureAutoencoder(Autoencoder, defaults={"likelihood": "gaussian"})
 
     # statistics that a model in bfloat16 keeps in float32
     exact_buffers: ClassVar[tuple[str, ...]] = ()
+    # whether further epochs would only train the decoder, which no score depends on
+    one_epoch: ClassVar[bool] = False
 
     def __init__(
         self, input_shape: tuple[int, ...], *, features: str = "random", **kwargs: Unpack[TrainingArgs]

@@ -131,6 +131,7 @@ class LearningCurves(EpochEnd, Picture):
             limit="max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs",
             patience=stop.settings["patience"] if stop else 0,
             stopped_by=stop.monitor if stop else "",
+            one_epoch=getattr(trainer.lightning_module, "one_epoch", False),
         )  # fmt: skip
 
     def _of_code(self, model: "Autoencoder", x: Tensor) -> dict[str, Any]:

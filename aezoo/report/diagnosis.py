@@ -45,6 +45,7 @@ class Curves:
         has_posterior: whether codes have a distribution, which may collapse to the prior.
         has_beta: whether the model has a hyperparameter beta, the weight of its KL.
         decoded: the smallest and the largest decoded value, if the likelihood is one of values in [0, 1].
+        one_epoch: whether one epoch is enough for the model, which collects statistics of the samples.
     """
 
     epochs: Sequence[int]
@@ -61,6 +62,7 @@ class Curves:
     has_posterior: bool = False
     has_beta: bool = False
     decoded: tuple[float, float] = (0.0, 1.0)
+    one_epoch: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def diagnose(curves: Curves, run: str | None = None) -> list[Verdict]:
         curves: the history.
         run: the run's folder, for commands; None if it cannot be continued.
     """
+    if curves.one_epoch:
+        return []
     name, epochs, losses = _monitored(curves)
     # if nothing is decoded from the code, or into another space, more epochs do not help
     broken = _logits(curves) or _collapsed(curves)

@@ -1,11 +1,13 @@
 """Diagnosis of example loss curves."""
 
+import dataclasses
 import math
 import re
 
 import pytest
 from example_curves import DOCS, EXAMPLES, curves, falling
 
+from aezoo import registry
 from aezoo.report.diagnosis import Curves, diagnose, docs_page
 
 
@@ -22,6 +24,14 @@ def test_example_curves_get_their_verdict(name):
     )
     assert (DOCS / "pictures" / f"{name}.png").is_file()
     assert str(verdict).endswith(f"training.md#{name}") and "\n" not in str(verdict)
+
+
+def test_models_of_one_epoch_get_no_advice_to_train_longer():
+    short = curves(falling(1), falling(1), steps_per_epoch=2, n=1)
+    assert sections(short) == ["too-few-steps"]
+    assert sections(dataclasses.replace(short, one_epoch=True)) == []
+    made = {name: getattr(registry.model_class(name), "one_epoch", False) for name in registry.list_models()}
+    assert [name for name, is_one in made.items() if is_one] == ["padim", "patchcore"]
 
 
 def test_verdicts_contain_the_figures_and_the_command():

@@ -37,6 +37,7 @@ class PaDiM(FrozenFeatureAutoencoder, tags=("anomaly",)):
     """
 
     exact_buffers = ("mean_PD", "scatter_PDD")
+    one_epoch = True
 
     channels_D: Tensor
     count: Tensor

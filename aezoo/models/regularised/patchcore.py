@@ -42,6 +42,7 @@ class PatchCore(FrozenFeatureAutoencoder, steps_differ=True, not_averaged=("memo
     """
 
     exact_buffers = ("memory_MD",)
+    one_epoch = True
 
     memory_MD: Tensor
     n_held: Tensor

@@ -54,8 +54,8 @@ class Target(NamedTuple):
 
 
 def published() -> dict[str, Path]:
-    """Recipes that have a target, by name, the cheapest first and unknown ones last."""
-    found = {name: path for name, path in recipes().items() if published_figure(path)}
+    """Recipes that have a target on MNIST, by name, the cheapest first and unknown ones last."""
+    found = {name: path for name, path in recipes().items() if name.startswith("mnist_") and published_figure(path)}
     rank = {f"mnist_{name}": place for place, name in enumerate(ORDER)}
     return dict(sorted(found.items(), key=lambda item: rank.get(item[0], len(rank))))
 

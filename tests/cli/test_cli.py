@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from refusals import refused
 from representative_models import others_slow
 
@@ -800,17 +801,34 @@ def test_ctrl_c_keeps_checkpoint_and_prints_resume_command():
 
 
 @pytest.mark.parametrize("name", others_slow(recipes.recipes(), kept=("vae", "dense_ae")))
-def test_every_recipe_trains_and_states_command_and_figure(name, fashion_files):
+def test_every_recipe_trains_and_states_command_and_figure(name, fashion_files, photos_with_masks):
     head = [line for line in recipes.recipes()[name].read_text().splitlines() if line.startswith("#")]
     is_published = head[2].startswith("# target: ")
     assert head[1].startswith(f"# aezoo fit -c {name}")
     assert re.search(r"# reached: (test|train)/\S+ -?\d", head[-1]) or (is_published and "not run yet" in head[-1])
     flags = [f"--data.root={fashion_files}"] if "fashion" in name else []
-    if is_published:  # MNIST itself needs a network
+    if name.startswith("mvtec_"):  # pretrained weights need a network
+        layers = "torchvision:resnet18,pretrained=false,out_indices=1:2"
+        flags = [f"--data.root={photos_with_masks}", "--data.size=32", f"--model.init_args.features={layers}"]
+    elif is_published:  # MNIST itself needs a network
         flags = ["--data.name=mnist5k", "--importance_samples=2"]
     short = [f"--trainer.limit_{split}_batches=1" for split in ("train", "val", "test")]
     main(["fit", "-c", name, *flags, "--trainer.max_epochs=1", *short, "--projector.n=0", *OFF])
     assert Path(f"runs/{name}/0/checkpoints/last.ckpt").is_file()
+
+
+@pytest.fixture(scope="session")
+def photos_with_masks(tmp_path_factory):
+    """Photographs of noise in MVTec's layout."""
+    root = tmp_path_factory.mktemp("bottle")
+    rng = np.random.default_rng(0)
+    for folder, n in (("train/good", 8), ("test/good", 2), ("test/cut", 2), ("ground_truth/cut", 2)):
+        (root / folder).mkdir(parents=True)
+        is_mask = folder.startswith("ground_truth")
+        for i in range(n):
+            pixels = rng.integers(1, 256, (40, 40) if is_mask else (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{i}{'_mask' * is_mask}.png")
+    return root
 
 
 @pytest.fixture(scope="session")

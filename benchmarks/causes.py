@@ -46,7 +46,9 @@ CAUSES: dict[str, Cause] = {
     "beta_tcvae": Cause("a weight above 1 favours independent numbers over reconstruction", _PRECISE),
     "beta_vae": Cause(_BETA, _PRECISE),
     "categorical_vae": Cause(_ELBO, _PRECISE),
-    "contractive_ae": Cause("a penalty on the code's sensitivity to the input", {"contraction": 0.0}),
+    "contractive_ae": Cause(
+        "the decoder has the encoder's weights, which the penalty keeps small", {"contraction": 0.0, "tied": False}
+    ),
     "dagmm": Cause("the code must also fit a small mixture", {"energy_weight": 0.0, "covariance_weight": 0.0}),
     "dvae": Cause("a weight of 6.6 favours a small KL over reconstruction", {"beta": 0.1}),
     "hyperspherical_vae": Cause(f"{_ELBO}, and directions have one degree of freedom less than numbers", _PRECISE),

@@ -2,7 +2,8 @@
 
 A model is compared by the measure of each of its tags, in the first kind of table below that has it, and there with all
 rows of the same data, budget and size of code, baselines included. If a rival has rows with several options, its best
-row is used. Figures are medians over seeds, of anomaly detection means over the classes or sets.
+row is used. Figures are medians over seeds, of anomaly detection means over the classes or sets. A model that has a
+larger error than PCA when it has converged gets the flags with which it has not, see `benchmarks.causes`.
 """
 
 import json
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 from aezoo import registry
 
+from . import report_zoo
+from .causes import CAUSES
 from .common import PACKAGE, number
 from .report_columns import Row
 
@@ -289,7 +292,7 @@ def _rounded(value: float) -> float:
 
 def figures(files: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """For each model that was measured: its row, and the comparisons by its tags."""
-    tables = entries(files)
+    tables, behind = entries(files), _behind_pca(files)
     found: dict[str, Any] = {}
     for name in [name for name, entry in registry.entries().items() if entry.owner == "aezoo"]:
         kept = [of for use in registry.uses_of(name) if (of := _by_use(name, use, tables))]
@@ -297,8 +300,28 @@ def figures(files: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
             kept = [of]
         row = _row(name, tables["quality"])
         if row or kept:
-            found[name] = {"row": row, "compared": kept}
+            found[name] = {"row": row, "compared": kept} | ({"pca": behind[name]} if name in behind else {})
     return dict(sorted(found.items()))
+
+
+def _behind_pca(files: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
+    """For each model with a larger error than PCA for a confirmed cause: both errors, relative to PCA's, and flags."""
+    from .report import merge_seeds
+
+    causes = [row for _, rows in _stems(files, "causes-") for row in merge_seeds(rows)]
+    found = {}
+    for _, runs in _stems(files, "quality-"):
+        zoo = report_zoo.zoo_rows(runs, merge_seeds(runs), causes) if runs and "kind" in runs[0] else []
+        for row in report_zoo.behind(zoo):
+            without = number(row, "without_cause")
+            if without is not None and without <= 1:
+                cause = CAUSES[row["model"]]
+                flags = " ".join(f"--model.{name} {value}" for name, value in cause.without.items())
+                found[row["model"]] = {
+                    "data": row["dataset"], "ratio": _rounded(report_zoo.ratio(row) or 0), "cause": cause.words,
+                    "flags": flags + " and samples of one part" * cause.whole, "without": _rounded(without),
+                }  # fmt: skip
+    return found
 
 
 def text(files: Mapping[str, Sequence[Row]]) -> str:

@@ -145,7 +145,7 @@ def _bm3d(work: CommandInputs, noise: str) -> Row:
     """Errors of BM3D (Dabov et al. 2007, https://doi.org/10.1109/TIP.2007.901238), which is told the noise's sigma."""
     height, width = work.test.shape[-2:]
     if len(work.test.shape) != 3 or min(height, width) < _LEAST_SIDE_OF_BM3D:
-        return {"error": f"takes images of at least {_LEAST_SIDE_OF_BM3D} pixels a side"}
+        return {"error": f"needs images with sides of at least {_LEAST_SIDE_OF_BM3D} pixels"}
     try:
         from bm3d import bm3d
     except ImportError:

@@ -46,7 +46,14 @@ def _figures(name: str) -> list[str]:
         figures = ", ".join(_written(label, value) for label, value in row["figures"].items())
         text += [f"Measured on {row['data']}: {row['setting']}; test split, {seeds}", f"  {figures}", ""]
     text += ["Better models and baselines, on the same data with the same budget and size of code"]
-    return text + [line for of in found["compared"] for line in _comparison(of)]
+    text += [line for of in found["compared"] for line in _comparison(of)]
+    if pca := found.get("pca"):
+        text += [
+            "",
+            f"Trained to convergence on {pca['data']}: {pca['ratio']:.3g} times the error of PCA with as large a code",
+        ]
+        text += [f"  {pca['without']:.3g} times with {pca['flags']}", f"  cause: {pca['cause']}"]
+    return text
 
 
 def _comparison(of: dict[str, Any]) -> list[str]:

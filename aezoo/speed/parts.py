@@ -12,7 +12,7 @@ PARTS = {
     "fused_optimizer": "the fused kernel of Adam, called without torch's bookkeeping",
     "joint_backward": "loss and gradients as one compiled graph",
     "graph_capture": "a whole step as a CUDA graph",
-    "linear": "matrix products by oneDNN where MKL uses half of the processor",
+    "linear": "matrix products by oneDNN where MKL uses half of the vector width",
     "inductor_lowering": "the same in compiled graphs, without Python",
     "conv_products": "convolutions on small grids as matrix products",
     "sub_pixel": "transposed convolutions to few channels as sub-pixel convolutions",

@@ -9,10 +9,11 @@ from golden import own_models
 
 import aezoo
 from benchmarks import report, report_info
+from benchmarks.causes import CAUSES
 from benchmarks.report_info import ERROR, Entry, Measure, compare
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-PREFIXES = ("quality-", "tasks-", "adbench-", "disentangle-", "dictionaries-", "bits-")
+PREFIXES = ("quality-", "causes-", "tasks-", "adbench-", "disentangle-", "dictionaries-", "bits-")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,23 @@ def test_new_rows_replace_old_ones(files, tmp_path):
     assert now["measure"] == "FID {}" and now["value"] == 3.5
     assert after["beta_vae"] == before["beta_vae"]
     assert after["vae"]["row"]["figures"]["FID {}"] == 3.5
+
+
+def test_models_behind_pca_get_flags_that_help():
+    row = {"dataset": "digits", "kind": "numbers", "size": "16", "budget": "b", "seed": "0", "pca_mse": "0.01"}
+    row |= {"stopped": "converged", "batch_size": "9", "code_size": "16"}
+    runs = [row | {"model": name, "mse": "0.02"} for name in ("vae", "iwae", "jmvae", "dense_ae")]
+    runs.append(row | {"model": "hvae", "mse": "0.009"})
+    without = [row | {"model": name, "mse": "0.006"} for name in ("vae", "jmvae", "hvae")]
+    without.append(row | {"model": "iwae", "mse": "0.015"})
+    found = report_info.figures({"quality-digits-fp32": runs, "causes-digits-fp32": without})
+    helped = {name: of["pca"] for name, of in found.items() if "pca" in of}
+    assert helped.keys() == {"vae", "jmvae"}
+    assert helped["vae"] == {
+        "data": "digits", "ratio": 2.0, "without": 0.6, "cause": CAUSES["vae"].words,
+        "flags": "--model.likelihood gaussian:0.05",
+    }  # fmt: skip
+    assert helped["jmvae"]["flags"] == "--model.likelihood gaussian:0.05 and samples of one part"
 
 
 def test_every_tag_and_measure_is_known():

@@ -37,13 +37,18 @@ def test_info_says_what_has_no_figures_or_rivals(capsys, tmp_path, monkeypatch):
     alone = {"use": "reconstruction", "measure": "mse {}", "value": 0.1, "data": "digits", "setting": "",
              "better": [], "n_better": 0, "n_rivals": 0}  # fmt: skip
     best = alone | {"n_rivals": 7, "use": "generation"}
-    (tmp_path / "results.json").write_text(json.dumps({"vae": {"row": None, "compared": [alone, best]}}))
+    pca = {"data": "digits", "ratio": 1.5, "without": 0.75, "flags": "--model.beta 0.1", "cause": "the prior"}
+    (tmp_path / "results.json").write_text(json.dumps({"vae": {"row": None, "compared": [alone, best], "pca": pca}}))
     monkeypatch.setattr(measured, "RESULTS", tmp_path / "results.json")
     assert measured.lines("conv_ae")[-1] == "Not measured yet: `aezoo benchmark` lists what measures models"
     text = "\n".join(measured.lines("vae"))
     assert "Measured on" not in text
     assert "reconstruction: mse 0.1 on digits\n    better: no other was measured in the same setting" in text
     assert "generation: mse 0.1 on digits\n    better: none of 7 others" in text
+    assert text.endswith(
+        "Trained to convergence on digits: 1.5 times the error of PCA with as large a code\n"
+        "  0.75 times with --model.beta 0.1\n  cause: the prior"
+    )
 
 
 def test_every_model_has_the_end_of_info_without_torch():

@@ -50,18 +50,24 @@ CAUSES: dict[str, Cause] = {
         "the decoder has the encoder's weights, which the penalty keeps small", {"contraction": 0.0, "tied": False}
     ),
     "dagmm": Cause("the code must also fit a small mixture", {"energy_weight": 0.0, "covariance_weight": 0.0}),
-    "dvae": Cause("a weight of 6.6 favours a small KL over reconstruction", {"beta": 0.1}),
+    "dvae": Cause(
+        "a weight of 6.6 favours a small KL over reconstruction, and its likelihood fits black pixels first",
+        {"likelihood": "bernoulli", "beta": 0.1},
+    ),
     "hyperspherical_vae": Cause(f"{_ELBO}, and directions have one degree of freedom less than numbers", _PRECISE),
     "joint_vae": Cause(
         "both KL terms are held at capacities, which limit the information in a code, and ten of its numbers are those "
         "of one discrete variable",
-        _PRECISE | {"latent_dim": 16},
+        _PRECISE | {"latent_dim": 16, "max_capacity": 60.0},
     ),
     "jumprelu_sae": Cause(
         "twice as many numbers are active as asked for, with which PCA keeps nearly all", {"l0_weight": 1.0}
     ),
     "mmvae": Cause("each code comes from a single part, and the whole sample is decoded from it", _PRECISE, whole=True),
-    "nexus": Cause(f"{_ELBO}, and no number of a part's code may describe another part", _PRECISE, whole=True),
+    "nexus": Cause(
+        f"{_ELBO}, and its parts have codes of 4 numbers, which are left out at random in training",
+        _PRECISE | {"latent_dim": 16, "part_dim": 16, "dropout": 0.0},
+    ),
 }
 
 

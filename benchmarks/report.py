@@ -235,15 +235,23 @@ def _row_count(command: str, kind: str, precision: str, rows: Sequence[Row]) -> 
 
 def zoo_pages(folder: Path) -> dict[str, str]:
     """The pages of the zoo, by the name of their file; empty without converged rows."""
-    rows: list[Row] = []
+    paths = [*sorted(folder.glob("causes-*.csv")), *sorted(folder.glob("quality-*.csv"))]
+    read = {path.stem: _read(path) for path in paths}
     commands: dict[str, list[str]] = {}
-    causes = [row for path in sorted(folder.glob("causes-*.csv")) for row in merge_seeds(_read(path)[1])]
-    for path in sorted(folder.glob("quality-*.csv")):
-        head, runs = _read(path)
-        if runs and "kind" in runs[0]:
-            rows += report_zoo.zoo_rows(runs, merge_seeds(runs), causes)
+    for stem, (head, runs) in read.items():
+        if stem.startswith("quality-") and runs and "kind" in runs[0]:
             commands.setdefault(runs[0]["dataset"], []).extend(head)
-    return report_zoo.pages(rows, commands)
+    return report_zoo.pages(zoo_rows({stem: runs for stem, (_, runs) in read.items()}), commands)
+
+
+def zoo_rows(files: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Converged rows of all data sets, with the error without the cause of an error above PCA's, see `report_zoo`."""
+    causes = [row for stem, runs in files.items() if stem.startswith("causes-") for row in merge_seeds(runs)]
+    found: list[Row] = []
+    for stem, runs in files.items():
+        if stem.startswith("quality-") and runs and "kind" in runs[0]:
+            found += report_zoo.zoo_rows(runs, merge_seeds(runs), causes)
+    return found
 
 
 def adbench_pages(folder: Path, home: Path) -> dict[str, str]:

@@ -306,21 +306,18 @@ def figures(files: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
 
 def _behind_pca(files: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
     """For each model with a larger error than PCA for a confirmed cause: both errors, relative to PCA's, and flags."""
-    from .report import merge_seeds
+    from .report import zoo_rows
 
-    causes = [row for _, rows in _stems(files, "causes-") for row in merge_seeds(rows)]
     found = {}
-    for _, runs in _stems(files, "quality-"):
-        zoo = report_zoo.zoo_rows(runs, merge_seeds(runs), causes) if runs and "kind" in runs[0] else []
-        for row in report_zoo.behind(zoo):
-            without = number(row, "without_cause")
-            if without is not None and without <= 1:
-                cause = CAUSES[row["model"]]
-                flags = " ".join(f"--model.{name} {value}" for name, value in cause.without.items())
-                found[row["model"]] = {
-                    "data": row["dataset"], "ratio": _rounded(report_zoo.ratio(row) or 0), "cause": cause.words,
-                    "flags": flags + " and samples of one part" * cause.whole, "without": _rounded(without),
-                }  # fmt: skip
+    for row in report_zoo.behind(zoo_rows(files)):
+        without = number(row, "without_cause")
+        if without is not None and without <= 1:
+            cause = CAUSES[row["model"]]
+            flags = " ".join(f"--model.{name} {value}" for name, value in cause.without.items())
+            found[row["model"]] = {
+                "data": row["dataset"], "ratio": _rounded(report_zoo.ratio(row) or 0), "cause": cause.words,
+                "flags": flags + " and samples of one part" * cause.whole, "without": _rounded(without),
+            }  # fmt: skip
     return found
 
 

@@ -133,7 +133,7 @@ def test_opponent_is_not_part_of_what_is_monitored():
 )
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (1, 32, 32)])
 def test_codes_of_a_kind_have_one_size(name, kind, numbers, bits, shape):
-    row, _ = quality.code_columns(name, 16, shape)
+    row, _ = quality.code_columns(name, 16, shape, {})
     assert row["kind"] == kind and numbers in (None, row["code_size"])
     assert row.get("bits") == (bits if bits is None else pytest.approx(bits, abs=0.2))
 

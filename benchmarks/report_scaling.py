@@ -13,7 +13,7 @@ COLUMNS: tuple[Column, ...] = (
     *(words("axis", "axis"), words("model", "model"), words("time of", "unit"), words("values", "values")),
     *(words("milliseconds", "times"), words("exponent of time", "time_exponent")),
     *(words("memory, MB", "memories"), words("exponent of memory", "memory_exponent"), GPU),
-    words("errors", "errors"),
+    *(words("processor", "processor"), words("errors", "errors")),
 )
 
 
@@ -27,6 +27,7 @@ def merge_values(rows: Sequence[Row]) -> list[Row]:
         good = sorted((row for row in group if not row.get("error")), key=lambda row: float(row["value"]))
         points = [tuple(number(row, name) for name in ("value", "milliseconds", "memory_mb")) for row in good]
         found = {name: group[0][name] for name in ("axis", "model", "unit")}
+        found["processor"] = "; ".join(dict.fromkeys(row["processor"] for row in group if row.get("processor")))
         for name, i in (("values", 0), ("times", 1), ("memories", 2)):
             found[name] = " / ".join("" if point[i] is None else format_number(point[i] or 0.0) for point in points)
         for name, i in (("time_exponent", 1), ("memory_exponent", 2)):

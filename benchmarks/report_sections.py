@@ -206,8 +206,9 @@ SECTIONS = (
         "Scaling",
         "One thread. Time and additional peak memory along each axis, with everything else fixed: of an epoch for "
         "`samples`, of a training step for the other axes of a model, and of a whole call with defaults for a command. "
-        "`image_size` is the side of images with 3 channels, `width` that of two hidden layers. An exponent is the a "
-        "of c n^a, fitted to the three largest values.",
+        "Models are trained on random bytes of 28x28, commands run on digits of that size that are moved by up to two "
+        "pixels. `image_size` is the side of images with 3 channels, `width` that of two hidden layers. Medians of "
+        "five repeats, of commands three. An exponent is the a of c n^a, fitted to the three largest values.",
         report_scaling.COLUMNS,
     ),
     Section(

@@ -25,9 +25,10 @@ def test_exponents_of_powers_are_found(power):
 def test_fixed_costs_and_failed_rows_do_not_affect_the_exponent():
     rows = rows_of(1)
     rows[-1]["milliseconds"] = "1e6"  # a fixed cost
-    rows[1] |= {"error": "out of memory"}
+    rows[1] |= {"error": "out of memory", "processor": "one"}
     (row,) = report_scaling.merge_values([*rows, {**rows[0], "value": "100000", "milliseconds": "50000"}])
     assert row["time_exponent"] == "1.00" and row["errors"] == "1000: out of memory"
+    assert row["processor"] == "one"
     assert row["memory_exponent"] == "0.00"
     assert report_scaling.exponent([(1, 1), (2, 2)]) is None
 

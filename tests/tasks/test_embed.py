@@ -191,7 +191,7 @@ def test_training_sample_is_its_own_nearest_neighbour(size):
     x = torch.rand(300, 64) + 5
     found = embed(model, x, fit_on=x, nearest=3)
     assert found.neighbours[:, 0].tolist() == list(range(300)) and (found.distances[:, 0] == 0).all()
-    codes = encoded(model, x).astype(np.float64)
+    codes = found.codes.astype(np.float64)
     every = np.linalg.norm(codes[:, None] - codes[None], axis=2)
     assert np.array_equal(found.neighbours, np.argsort(every, axis=1, kind="stable")[:, :3])
     assert np.allclose(found.distances, np.sort(every, axis=1)[:, :3], atol=1e-12)

@@ -3,8 +3,9 @@
     python -m benchmarks.kodak --kodak DIR                  train the models that are not in --runs yet, and compress
     python -m benchmarks.kodak --kodak DIR --seconds 1800   train for longer
 
-Models are trained on the crops of `sample_photos` (two photographs), until their validation loss has stopped improving
-or --seconds have passed, and compress the whole photographs by `aezoo.compress`. A row is a method at one quality:
+Models are trained on the crops of `sample_photos` (five other photographs), until their validation loss has stopped
+improving or --seconds have passed, and compress the whole photographs by `aezoo.compress`. A row is a method at one
+quality:
 
     bits_per_pixel  bits of the file with all photographs, divided by their pixels; not of the model, which the reader
                     must have

@@ -87,7 +87,8 @@ SECTIONS = (
         "kodak-",
         "Photographs",
         "The Kodak photographs as files: bits of all files divided by all pixels, and errors of the decoded pictures, "
-        "as means over the photographs. Models are trained on two other photographs (`sample_photos`). BD-rate: bits "
+        "as means over the photographs. Models are trained on five other photographs (`sample_photos`), by default for "
+        "at most 600 s of one core; `capped` ones were ended by that limit and had not converged. BD-rate: bits "
         "relative to a reference at equal quality, averaged over the qualities that both curves reach; below 0 is "
         "fewer.",
         report_kodak.COLUMNS,

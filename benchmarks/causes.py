@@ -63,10 +63,13 @@ CAUSES: dict[str, Cause] = {
     "jumprelu_sae": Cause(
         "twice as many numbers are active as asked for, with which PCA keeps nearly all", {"l0_weight": 1.0}
     ),
+    "lfq_vae": Cause("the commitment term keeps the encoder's output away from where signs change", {"beta": 0.0}),
     "mmvae": Cause("each code comes from a single part, and the whole sample is decoded from it", _PRECISE, whole=True),
     "nexus": Cause(
-        f"{_ELBO}, and its parts have codes of 4 numbers, which are left out at random in training",
-        _PRECISE | {"latent_dim": 16, "part_dim": 16, "dropout": 0.0},
+        f"{_ELBO}, and its decoders use only eight of its 16 numbers, those of its parts", _PRECISE | {"part_dim": 8}
+    ),
+    "sparse_ae_l1": Cause(
+        "its default weight leaves more than 30 numbers active, with which PCA keeps nearly all", {"l1": 0.3}
     ),
 }
 

@@ -1,12 +1,13 @@
 """The pages of the zoo: their contents, models worse than PCA, and those without an explanation."""
 
+import math
 import re
 import shutil
 
 import pytest
 
 from aezoo import registry
-from benchmarks import report, report_zoo
+from benchmarks import quality, report, report_zoo
 from benchmarks.causes import CAUSES, Cause, without_cause
 from benchmarks.common import ResultsCSV
 from benchmarks.quality import LEFT_OUT
@@ -116,6 +117,16 @@ def test_models_can_be_created_without_their_causes():
         model = registry.create_model(name, shape, **changes)
         assert not cause.whole or model.sizes == (8,)
     assert without_cause("dense_ae", shape) == {}
+
+
+def test_codes_without_causes_are_not_larger():
+    shape = (1, 8, 8)
+    # ten numbers are the class or the discrete variable; nexus has eight numbers that its decoders do not read
+    others = dict.fromkeys(("conditional_vae", "semi_supervised_vae", "joint_vae"), 10) | {"nexus": 8}
+    for name in CAUSES:
+        kind, settings = quality.code_settings(name, 16, shape)
+        model = registry.create_model(name, shape, **settings | without_cause(name, shape))
+        assert kind != "numbers" or math.prod(model.code_shape) <= 16 + others.get(name, 0), name
 
 
 def test_textbook_models_have_rows():

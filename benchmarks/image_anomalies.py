@@ -1,7 +1,7 @@
 """Detectors of image anomalies: on features of MVTec AD's pictures, and models on one class of a set against the rest.
 
-    python -m benchmarks.image_anomalies --features DIR                     only the features
-    python -m benchmarks.image_anomalies --data mnist5k --classes 0 1       only the models
+    python -m benchmarks.image_anomalies --features DIR                 only the features
+    python -m benchmarks.image_anomalies --data mnist --classes 0 1     only the models
     python -m benchmarks.image_anomalies --features DIR --data fashion_mnist --root /usr/share/datasets
 
 DIR contains a folder for each network, such as CV_by_ResNet18, with an .npz for each class of products: X (n, d), one
@@ -9,35 +9,47 @@ vector for each picture, and y (n,), 1 for a defect, as ADBench publishes them (
 These files do not distinguish training and test pictures: 70 % of the good ones, drawn by the seed, are for training,
 all others for the test. The methods are those of the zoo's models at a single place: gaussian (padim's Mahalanobis
 distance), nearest (patchcore's distance to the nearest neighbour, with all vectors in memory), fre (principal
-components, 220 or half of the possible number), and, for comparison, mean (the distance to the mean).
+components, 220 or half of the possible number); models of vectors as `AutoencoderDetector` trains them, default being
+the one without arguments; and, for comparison, mean (the distance to the mean).
 
-With --data, models are trained on one class of a set with their defaults, for --epochs, and --trained limits the
-samples; the other classes of the test split are anomalies. Those on frozen features have a network with random weights
-here (`features=random`), since no others could be downloaded: good results on photographs need ImageNet weights.
+With --data, models are trained with their defaults on one class of a set; the other classes of the test split are
+anomalies. A tenth of the class's training samples is for validation: a training has converged if the validation loss
+has not fallen for 1,000 steps by 0.5 % of its fall since the first step, and is capped after --seconds of one core.
+padim and patchcore take one epoch. Models on frozen features have a network with random weights here
+(`features=random`), since no others could be downloaded: good results on photographs need ImageNet weights.
 
-A row has AUROC and AUPR (average precision) of the test samples. Existing rows are kept.
+A row has AUROC and AUPR (average precision) of the test samples. Existing rows are kept; a longer --seconds repeats
+rows that were capped.
 """
 
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from aezoo.errors import AezooError
 
-from .common import ResultsCSV, at_least, build_parser, command_line, environment, run_script
+from .common import at_least, build_parser, command_line, environment, run_script, seconds
+from .quality_table import CappedTable
 
-KEY = ("data", "normal", "method", "epochs", "seed")
+if TYPE_CHECKING:
+    from aezoo.autoencoder import Autoencoder
+    from aezoo.data.datamodule import DataModule
+
+KEY = ("data", "normal", "method", "seed")
 MODELS = (
     *("fre", "padim", "patchcore", "student_teacher", "reverse_distillation"),
     *("draem", "conv_ae", "deep_svdd"),
 )
-# one epoch is all that they need
-ONE_PASS = ("padim", "patchcore")
+BASELINES = ("pca", "knn", "isolation_forest")
+# of `AutoencoderDetector`
+VECTOR_MODELS = ("default", "dense_ae", "deep_svdd", "memory_ae", "vae")
+# evaluations every 200 steps
+PATIENCE, LEAST = 5, 0.005
 _TRAIN_SHARE = 0.7
 
 Rows = npt.NDArray[np.float64]
@@ -95,41 +107,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--models",
         nargs="+",
-        choices=MODELS,
-        default=[*MODELS],
+        choices=(*MODELS, *BASELINES),
+        default=[*MODELS, *BASELINES],
         metavar="NAME",
-        help=f"models to train, of {', '.join(MODELS)}",
+        help=f"models to train, of {', '.join(MODELS)}, and baselines on pixels, of {', '.join(BASELINES)}",
     )
-    add("--epochs", type=at_least(1), default=5, metavar="N", help="epochs; padim and patchcore take 1 (default 5)")
-    add(
-        "--trained",
-        type=at_least(50),
-        default=1000,
-        metavar="N",
-        help="maximum number of training samples (default 1000)",
-    )
-    add("--tested", type=at_least(50), default=1000, metavar="N", help="maximum number of test samples (default 1000)")
+    add("--seconds", type=seconds, default=300.0, metavar="S", help="limit of a training (default 300)")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds 0 to N - 1 (default 3)")
     arguments = parser.parse_args(argv)
     if arguments.features is None and not arguments.data:
         parser.error("give --features DIR or --data NAME")
     command = command_line("image_anomalies", argv, folders=("--features", "--root"))
     where = environment(arguments, accelerator="cpu")
-    table = ResultsCSV(arguments.results / f"image-anomalies-{where}.csv", KEY, command, arguments.again)
+    table = CappedTable(arguments.results / f"image-anomalies-{where}.csv", KEY, command, arguments.again)
     for file in _files(arguments.features):
         for seed in range(arguments.seeds):
-            for name in METHODS:
-                key = {"data": file.parent.name, "normal": file.stem, "method": name, "epochs": "", "seed": seed}
+            for name in (*METHODS, *VECTOR_MODELS):
+                key = {"data": file.parent.name, "normal": file.stem, "method": name, "seed": seed}
                 if table.needs(key):
                     table.put(key | _vector_row(file, name, seed))
     for data in arguments.data:
         for seed in range(arguments.seeds):
             for normal in arguments.classes:
                 for name in arguments.models:
-                    epochs = 1 if name in ONE_PASS else arguments.epochs
-                    key = {"data": data, "normal": normal, "method": name, "epochs": epochs, "seed": seed}
-                    if table.needs(key):
-                        table.put(key | _model_row(data, normal, name, epochs, seed, arguments))
+                    key = {"data": data, "normal": normal, "method": name, "seed": seed}
+                    limit = {} if name in BASELINES else {"most_seconds": arguments.seconds}
+                    if table.needs(key | limit):
+                        table.put(key | limit | _image_row(data, normal, name, seed, arguments))
                         print(table.find(key), flush=True)
     print(table.path)
 
@@ -151,43 +155,64 @@ def _vector_row(file: Path, name: str, seed: int) -> dict[str, Any]:
     good = np.random.default_rng(seed).permutation(np.flatnonzero(~y))
     train, held_out = np.split(good, [round(_TRAIN_SHARE * len(good))])
     test = np.concatenate([held_out, np.flatnonzero(y)])
-    start = time.perf_counter()
-    scores = METHODS[name](x[train])(x[test])
-    seconds = time.perf_counter() - start
+    start = time.process_time()
+    scores = _fit_vectors(name, x[train], seed)(x[test])
+    spent = time.process_time() - start
     sizes = {"train_rows": len(train), "test_rows": len(test)}
-    return {**ranking_metrics(scores, y[test]), **sizes, "seconds": seconds}
+    return {**ranking_metrics(scores, y[test]), **sizes, "seconds": spent}
 
 
-def _model_row(data: str, normal: str, name: str, epochs: int, seed: int, arguments: Any) -> dict[str, Any]:
-    import lightning.pytorch as pl
-    import torch
+def _fit_vectors(name: str, train: Rows, seed: int) -> Scorer:
+    if name in METHODS:
+        return METHODS[name](train)
+    from .adbench_detectors import parse_detector
+    from .adbench_row import detector
 
-    import aezoo
+    fit, _ = detector(**parse_detector(name), seed=seed)
+    return fit(train)
+
+
+def _image_row(data: str, normal: str, name: str, seed: int, arguments: Any) -> dict[str, Any]:
     from aezoo.tasks.detect import detect
-    from aezoo.tasks.detect_labels import Protocol
+    from aezoo.tasks.detect_labels import Protocol, ranking_metrics
+    from aezoo.tasks.detectors import Baseline
     from aezoo.tasks.samples import SampleSet
 
+    from .quality_row import open_data
+
+    options = {"name": data, "root": arguments.root}
+    part = open_data(options | {"train_classes": [normal]}, seed)
+    train, test = SampleSet.from_data(part, "train"), SampleSet.from_data(open_data(options, seed), "test")
+    sizes = {"train_rows": len(train), "test_rows": len(test)}
+    start = time.process_time()
+    if name in BASELINES:
+        baseline = Baseline(name, seed=seed).fit(train)
+        columns = {"seconds": time.process_time() - start}
+        anomalies = Protocol(normal, None).anomalies(test)
+        return {**ranking_metrics(baseline.decision_function(test), anomalies), **sizes, **columns}
+    model, columns = _trained(name, part, seed, arguments.seconds)
+    found = detect(model, test, normal=normal, baselines=False, n_shown=0, fit_on=train).rows[0]
+    return {"auroc": found["auroc"], "aupr": found["aupr"], **sizes, **columns}
+
+
+def _trained(name: str, data: "DataModule", seed: int, limit: float) -> "tuple[Autoencoder, dict[str, Any]]":
+    """A trained model, and the columns that say how its training ended."""
+    import lightning.pytorch as pl
+
+    import aezoo
+
+    from .convergence import Budget
+    from .quality_row import quiet_trainer, train_to_convergence
+
     pl.seed_everything(seed, workers=True, verbose=False)
-    whole = aezoo.DataModule(data, root=arguments.root)
-    train = SampleSet.from_data(whole, "train")
-    train = train.subset(torch.from_numpy(Protocol(normal, None).normal_indices(train))).subsample(arguments.trained)
-    x = train.rows(range(len(train)))
-    fitted = aezoo.DataModule.from_arrays(x, val_fraction=0, test_fraction=0, scale="none", batch_size=64)
-    model = aezoo.create_model(name, tuple(x.shape[1:]))
-    switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    quiet: dict[str, Any] = dict.fromkeys(switches, False)
-    start = time.perf_counter()
-    pl.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, **quiet).fit(model, fitted)
-    seconds = time.perf_counter() - start
-    test = SampleSet.from_data(whole, "test").subsample(arguments.tested, seed=0)
-    row = detect(model, test, normal=normal, baselines=False, n_shown=0, fit_on=train).rows[0]
-    return {
-        "auroc": row["auroc"],
-        "aupr": row["aupr"],
-        "train_rows": len(x),
-        "test_rows": len(test),
-        "seconds": seconds,
-    }
+    model: Any = aezoo.create_model(name, data.input_shape)
+    model.compile_mode = "off"
+    start, spec = time.process_time(), {"accelerator": "cpu"}
+    if getattr(model, "one_epoch", False):
+        quiet_trainer(spec, max_epochs=1).fit(model, data)
+        return model.eval(), {"stopped": "one epoch", "seconds": time.process_time() - start}
+    rule, _ = train_to_convergence(spec, model, data, Budget(patience=PATIENCE, least=LEAST, seconds=limit))
+    return model.eval(), {name: rule.columns[name] for name in ("stopped", "steps", "seconds")}
 
 
 if __name__ == "__main__":

@@ -12,17 +12,21 @@ KEY = ("model", "kind", "size", "seed", "budget", "batch_size", "probe_rows", "i
 BASELINE = ("pixels_probe", "pixels_knn", "pca_probe", "pca_knn", "pca_mse", "pca_psnr", "pca_mse_at_bits")
 
 
-class QualityTable(ResultsCSV):
-    """A table whose rows share baselines, which depend only on the data and on the size of codes."""
+class CappedTable(ResultsCSV):
+    """A table of trainings that a limit of time may have ended."""
 
     def needs(self, row: Mapping[str, object]) -> bool:
         """Whether the row still has to be measured: also a run that its limit of time ended, with a longer one."""
         there = self.find(row) or {}
         limit = number(there, "most_seconds") or 0.0
-        is_cut = there.get("stopped") == "capped" and limit < float(str(row["most_seconds"]))
+        is_cut = there.get("stopped") == "capped" and limit < float(str(row.get("most_seconds", 0)))
         if is_cut:
             self.check_writable()
         return is_cut or super().needs(row)
+
+
+class QualityTable(CappedTable):
+    """A table whose rows share baselines, which depend only on the data and on the size of codes."""
 
     def baselines(self, probe_rows: int) -> dict[int, dict[str, str]]:
         """Existing baselines by code size, 0 for raw pixels."""

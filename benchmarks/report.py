@@ -324,7 +324,7 @@ def _table(section: Section, stem: str, commands: Sequence[str], rows: Sequence[
     if GPU in section.columns and "-cpu" not in stem:
         rows = [row | {"gpu": "this row"} for row in rows]
     if section.columns is report_image_anomalies.COLUMNS:
-        rows = report_image_anomalies.merge_seeds(rows)
+        rows = report_image_anomalies.means(rows)
     if section.columns is report_detector_papers.COLUMNS:
         rows = report_detector_papers.merge_seeds(rows)
     if section.columns is report_scaling.COLUMNS:

@@ -1,15 +1,15 @@
-"""Detectors of image anomalies, compared with published figures."""
+"""Detectors of image anomalies: means over normal classes, a table of classes for each set, and published figures."""
 
 import statistics
 from collections.abc import Sequence
 
 from .common import number
-from .report_columns import Column, Row, markdown, merge_groups, spread, words
+from .report_columns import Column, Row, figures, markdown, merge_groups, words
 
 COLUMNS: tuple[Column, ...] = (
-    *(words("data", "data"), words("normal", "normal"), words("method", "method"), words("epochs", "epochs")),
-    *(words("seeds", "seeds"), spread("AUROC", "auroc"), spread("AUPR", "aupr")),
-    *(words("training samples", "train_rows"), words("test samples", "test_rows")),
+    *(words("data", "data"), words("method", "method"), words("normal classes", "classes"), words("seeds", "seeds")),
+    *(figures("mean AUROC", "auroc"), figures("mean AUPR", "aupr"), words("trainings", "ended")),
+    figures("seconds to fit", "seconds"),
 )
 _SOURCE = "anomalib 2.7's README of the model"
 # mean over the 15 classes of MVTec AD at 256 x 256 pixels, from whole maps of features
@@ -24,25 +24,44 @@ PUBLISHED: tuple[Row, ...] = (
 )
 
 
-def merge_seeds(rows: Sequence[Row]) -> list[Row]:
-    """A row for each data set, normal class, method and budget: the median, lowest and highest figures of its seeds."""
-    return merge_groups(rows, ("data", "normal", "method", "epochs"), ("auroc", "aupr"), statistics.median)
+def _merge_seeds(rows: Sequence[Row]) -> list[Row]:
+    """A row for each data set, normal class and method: the medians over its seeds."""
+    return merge_groups(rows, ("data", "normal", "method"), ("auroc", "aupr", "seconds"), statistics.median)
+
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """A row for each data set and method: means over classes, how many trainings converged, median seconds of a fit."""
+    found = []
+    for (data, method), group in _grouped(rows, "data", "method").items():
+        classes = _merge_seeds(group)
+        row = {"data": data, "method": method, "classes": str(len(classes)), "seeds": classes[0]["seeds"]}
+        for name in ("auroc", "aupr"):
+            row[name] = repr(statistics.mean(number(each, name) or 0.0 for each in classes))
+        row["seconds"] = repr(statistics.median(number(each, "seconds") or 0.0 for each in group))
+        endings = [ended for each in group if (ended := each.get("stopped"))]
+        row["ended"] = ", ".join(f"{endings.count(ended)} {ended}" for ended in dict.fromkeys(endings))
+        found.append(row)
+    return found
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The means over normal classes, and the published figures."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
-    for row in merge_seeds(rows):
-        groups.setdefault((row["data"], row["method"], row["epochs"]), []).append(number(row, "auroc") or 0.0)
-    means = [
-        {"data": data, "method": method, "epochs": epochs, "classes": str(len(v)), "auroc": f"{statistics.mean(v):.3f}"}
-        for (data, method, epochs), v in groups.items()
-    ]
-    columns = (
-        *(words("data", "data"), words("method", "method"), words("epochs", "epochs")),
-        *(words("normal classes", "classes"), words("mean AUROC", "auroc")),
-    )
-    return f"Means over the normal classes\n\n{markdown(columns, means)}\n\n{published_table(rows)}"
+    """The AUROC of each class, a table for each data set, and the published figures."""
+    parts = []
+    for (data,), group in _grouped(rows, "data").items():
+        lines: dict[str, Row] = {}
+        for row in _merge_seeds(group):
+            lines.setdefault(row["method"], {"method": row["method"]})[row["normal"]] = row["auroc"]
+        classes = dict.fromkeys(row["normal"] for row in group)
+        columns = words("method", "method"), *(figures(name.removeprefix("MVTec-AD_"), name) for name in classes)
+        parts.append(f"AUROC of each normal class of {data}\n\n{markdown(columns, [*lines.values()])}")
+    return "\n\n".join([*parts, published_table(rows)])
+
+
+def _grouped(rows: Sequence[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
 def published_table(rows: Sequence[Row]) -> str:

@@ -32,7 +32,8 @@ def test_features_give_a_row_for_each_method_once(tmp_path, capsys):
     image_anomalies.main(words)
     (path,) = (tmp_path / "out").glob("image-anomalies-*.csv")
     head, rows = read_csv(path)
-    assert {row["method"] for row in rows} == image_anomalies.METHODS.keys() and str(tmp_path) not in str(head)
+    assert {row["method"] for row in rows} == {*image_anomalies.METHODS, *image_anomalies.VECTOR_MODELS}
+    assert str(tmp_path) not in str(head)
     assert {(row["train_rows"], row["test_rows"]) for row in rows} == {("28", "32")}
     assert all(float(row["auroc"]) > 0.95 for row in rows)
     before = path.read_text()
@@ -47,11 +48,22 @@ def test_features_give_a_row_for_each_method_once(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_models_are_trained_on_one_class(tmp_path):
-    words = ["--data", "digits", "--classes", "3", "--models", "padim", "--seeds", "1", "--results", str(tmp_path)]
-    image_anomalies.main(words)
+    words = ["--data", "digits", "--classes", "3", "--seeds", "1", "--results", str(tmp_path)]
+    image_anomalies.main([*words, "--seconds", "1", "--models", "padim", "conv_ae", "knn"])
     (path,) = tmp_path.glob("image-anomalies-*.csv")
-    (row,) = read_csv(path)[1]
-    assert row["epochs"] == "1" and 50 < int(row["train_rows"]) < 200 and float(row["auroc"]) > 0.6
+    found = {row["method"]: row for row in read_csv(path)[1]}
+    assert {name: row["stopped"] for name, row in found.items()} == {
+        "padim": "one epoch",
+        "conv_ae": "capped",
+        "knn": "",
+    }
+    assert {(row["train_rows"], row["test_rows"]) for row in found.values()} == {("147", "180")}
+    assert all(float(row["auroc"]) > 0.6 for row in found.values())
+    # a longer limit repeats what was capped, and only that
+    image_anomalies.main([*words, "--seconds", "300", "--models", "padim", "conv_ae", "knn"])
+    again = {row["method"]: row for row in read_csv(path)[1]}
+    assert again["conv_ae"]["stopped"] == "converged" and int(again["conv_ae"]["steps"]) % 200 == 0
+    assert again["padim"] == found["padim"] and again["knn"] == found["knn"]
 
 
 def test_published_figures_have_a_source():
@@ -61,11 +73,14 @@ def test_published_figures_have_a_source():
 
 
 def test_seeds_are_merged_and_classes_averaged():
+    shared = {"data": "d", "method": "vae", "aupr": "0.5", "seconds": "2", "stopped": "converged"}
     rows = [
-        {"data": "d", "normal": normal, "method": "fre", "epochs": "", "seed": str(seed), "auroc": value, "aupr": "0.5"}
+        shared | {"normal": normal, "seed": str(seed), "auroc": value}
         for normal, values in {"a": ("0.6", "0.8", "0.9"), "b": ("1.0", "1.0", "0.9")}.items()
         for seed, value in enumerate(values)
     ]
-    first, second = report_image_anomalies.merge_seeds(rows)
-    assert (first["auroc"], first["auroc_low"], first["auroc_high"], first["seeds"]) == ("0.8", "0.6", "0.9", "3")
-    assert second["auroc"] == "1.0" and "| d | fre | 2 | 0.900 |" in report_image_anomalies.tables(rows)
+    rows[-1] |= {"stopped": "capped"}
+    (row,) = report_image_anomalies.means(rows)
+    assert (row["classes"], row["seeds"], row["ended"]) == ("2", "3", "5 converged, 1 capped")
+    assert float(row["auroc"]) == pytest.approx(0.9) and float(row["aupr"]) == 0.5
+    assert "| vae | 0.8 | 1 |" in report_image_anomalies.tables(rows)

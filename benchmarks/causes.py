@@ -14,11 +14,24 @@ class Cause(NamedTuple):
         words: the cause.
         without: hyperparameters with which it does not act or is negligible.
         whole: also train on samples of one part, for models of samples of several parts.
+        model: a model with the same network on which the cause does not act, if no hyperparameter switches it off. Its
+            own row is then the check.
     """
 
     words: str
     without: dict[str, Any]
     whole: bool = False
+    model: str = ""
+
+    def flags(self) -> str:
+        """Flags of `aezoo fit` with which the cause does not act."""
+        if self.model:
+            return f"--model {self.model}"
+        return " ".join(f"--model.{name} {value}" for name, value in self.without.items()) + self.parts()
+
+    def parts(self) -> str:
+        """What else must change: the samples."""
+        return " and samples of one part" * self.whole
 
 
 _ELBO = "the ELBO switches off latent numbers whose KL costs more nats than they save in error"
@@ -64,10 +77,12 @@ CAUSES: dict[str, Cause] = {
         "twice as many numbers are active as asked for, with which PCA keeps nearly all", {"l0_weight": 1.0}
     ),
     "lfq_vae": Cause("the commitment term keeps the encoder's output away from where signs change", {"beta": 0.0}),
+    "masked_conv_ae": Cause("values are only predicted from those of other patches", {}, model="conv_ae"),
     "mmvae": Cause("each code comes from a single part, and the whole sample is decoded from it", _PRECISE, whole=True),
     "nexus": Cause(
         f"{_ELBO}, and its decoders use only eight of its 16 numbers, those of its parts", _PRECISE | {"part_dim": 8}
     ),
+    "soft_vq": Cause("at its default learning rate the loss soon stops falling", {"lr": 1e-3}),
     "sparse_ae_l1": Cause(
         "its default weight leaves more than 30 numbers active, with which PCA keeps nearly all", {"l1": 0.3}
     ),

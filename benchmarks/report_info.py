@@ -313,10 +313,9 @@ def _behind_pca(files: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]
         without = number(row, "without_cause")
         if without is not None and without <= 1:
             cause = CAUSES[row["model"]]
-            flags = " ".join(f"--model.{name} {value}" for name, value in cause.without.items())
             found[row["model"]] = {
                 "data": row["dataset"], "ratio": _rounded(report_zoo.ratio(row) or 0), "cause": cause.words,
-                "flags": flags + " and samples of one part" * cause.whole, "without": _rounded(without),
+                "flags": cause.flags(), "without": _rounded(without),
             }  # fmt: skip
     return found
 

@@ -56,7 +56,7 @@ def reason(row: Row) -> str:
     if found is None:
         return NOT_EXPLAINED
     cause = CAUSES[row["model"]]
-    changes = options_text(cause.without) + " and samples of one part" * cause.whole
+    changes = (cause.model or options_text(cause.without)) + cause.parts()
     return f"{cause.words if found <= _EQUAL else NOT_EXPLAINED}: {found:.2g} with {changes}"
 
 
@@ -68,6 +68,12 @@ def behind(rows: Iterable[Row]) -> list[Row]:
 def unexplained(rows: Iterable[Row]) -> list[str]:
     """Models with a larger error than PCA somewhere for which no reason has been checked."""
     return [*dict.fromkeys(row["model"] for row in behind(rows) if reason(row).startswith(NOT_EXPLAINED))]
+
+
+def _are_alike(one: Row, other: Row) -> bool:
+    """Whether both rows are of the same model and settings."""
+    keys = ("dataset", "model", "kind", "size", "budget", "batch_size")
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def zoo_rows(runs: Sequence[Row], merged: Sequence[Row], causes: Sequence[Row]) -> list[Row]:
@@ -83,11 +89,12 @@ def zoo_rows(runs: Sequence[Row], merged: Sequence[Row], causes: Sequence[Row]) 
     for row in merged:
         if row.get("kind") not in KINDS or row["seeds"] == "0":
             continue
-        key = ("dataset", "model", "kind", "size", "budget", "batch_size")
-        ends = [run["stopped"] for run in runs if all(run.get(k) == row.get(k) for k in key) and run.get("stopped")]
+        ends = [run["stopped"] for run in runs if _are_alike(run, row) and run.get("stopped")]
         counts = {end: ends.count(end) for end in dict.fromkeys(ends)}
         text = ", ".join(end if len(counts) == 1 else f"{end} {count}" for end, count in counts.items())
         checked = without.get((row["dataset"], row["model"]))
+        if (cause := CAUSES.get(row["model"])) and cause.model:
+            checked = next((ratio(of) for of in merged if _are_alike(of, row | {"model": cause.model})), None)
         found.append(row | {"ended": text, "without_cause": "" if checked is None else repr(checked)})
     usual: dict[str, list[tuple[str, str]]] = {}
     for row in found:

@@ -84,6 +84,8 @@ def test_models_behind_pca_are_explained_or_counted(results, monkeypatch):
     page = report.zoo_pages(results)["zoo-pca.md"]
     floors = {"vq_vae": 0.025, "topk_sae": 0.03}
     late = [name for i, name in enumerate(NAMES) if (0.01 + 0.0002 * i) / floors.get(name, 0.02) > 1.01]
+    assert "| masked_conv_ae |" in page and re.search(r": 0\.\d+ with conv_ae \|", page)
+    late.remove("masked_conv_ae")
     assert f"Not explained: {len(late)}: " in page and all(f"| {name} |" in page for name in late)
 
 
@@ -116,6 +118,11 @@ def test_models_can_be_created_without_their_causes():
         assert cause.words and changes.items() >= cause.without.items(), name
         model = registry.create_model(name, shape, **changes)
         assert not cause.whole or model.sizes == (8,)
+        if cause.model:  # equal but for the cause
+            models = [registry.create_model(of, shape, latent_dim=16, latent_map=False) for of in (name, cause.model)]
+            for part in ("encoder", "decoder"):
+                shapes, others = ([p.shape for p in getattr(of, part).parameters()] for of in models)
+                assert shapes == others, name
     assert without_cause("dense_ae", shape) == {}
 
 
